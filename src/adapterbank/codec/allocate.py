@@ -1,0 +1,274 @@
+"""Where the bytes go: one multiplier for all modules and adapters, and per module the number of shared directions it pays for."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from adapterbank.codec.cost import PAIR_OVERHEAD, basis_cost, gaussian_cost
+
+SHARING_MARGIN = 0.002
+"""Share of its cost a module must save before it gets a basis: less than that is the model's own error."""
+
+
+def basis_sizes(limit: int) -> list[int]:
+    """Numbers of directions to choose from: 0, 1, 2, 3, 4, 6, 8, 12, ... up to ``limit``."""
+    sizes = {0, limit}
+    for power in range(int(math.log2(max(limit, 1))) + 1):
+        sizes |= {s for s in (2**power, 3 * 2**power // 2) if s <= limit}
+    return sorted(sizes)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SideStatistics:
+    """How well the first so many directions of one side explain the unit vectors of a module."""
+
+    width: int
+    """``d_in`` or ``d_out``."""
+    sizes: list[int]
+    """Numbers of directions to choose from, ascending from 0."""
+    explained: Float[np.ndarray, "p g"]
+    """Energy of each vector in the first ``sizes[g]`` directions."""
+    direction_weight: Float[np.ndarray, " k"]
+    """Weighted energy of the module along each direction, over all adapters, descending."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ModuleStatistics:
+    """The pairs of one module, of all adapters or of an even sample of them."""
+
+    weight: Float[np.ndarray, " p"]
+    """Weighted squared singular values: over all modules those of one adapter sum to 1."""
+    side_in: SideStatistics
+    side_out: SideStatistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """What a slope buys."""
+
+    slope: float
+    """Weighted squared error that one bit is worth."""
+    sizes: tuple[tuple[int, int], ...]
+    """Shared directions ``(k_in, k_out)`` of each module."""
+    passed_on: tuple[tuple[float, float], ...]
+    """Share of the error in a basis direction that reaches the updates, of each side of each module."""
+    bits: float
+    """Expected bits of bases and adapters."""
+    error: float
+    """Expected root mean square of the adapters' relative errors."""
+
+
+def allocate(
+    modules: list[ModuleStatistics],
+    *,
+    adapters: int,
+    sampled: int | None = None,
+    bits: float | None = None,
+    error: float | None = None,
+    fixed_k: int | None = None,
+) -> Allocation:
+    """Find the slope at which the expected bits, or the expected error, meets the target.
+
+    Args:
+        modules: Statistics of every module.
+        adapters: Number of adapters.
+        sampled: Number of adapters the statistics come from; all by default.
+        bits: Bits there are for bases and adapters; or
+        error: Root mean square of the relative errors to reach.
+        fixed_k: Exactly so many directions a side instead of the best number.
+
+    Raises:
+        ValueError: Unless exactly one target is given.
+    """
+    if (bits is None) == (error is None):
+        raise ValueError(f"give bits or error, not both: bits={bits}, error={error}")
+    model = _Model(modules, adapters, sampled or adapters)
+
+    def too_high(found: Allocation) -> bool:
+        # bits fall and the error grows with the slope
+        return found.bits < bits if bits is not None else found.error > float(error or 0)
+
+    choice = model.fixed(fixed_k) if fixed_k is not None else model.fixed(0)
+    low, high = -60.0, 2.0  # log2 of the slope
+    for rounds, reach in ((9, 4.0), (8, 2.0), (16, 0.0)):  # the sizes follow the slope: choose again as it settles
+        low, high, middle = _bisect(lambda x: too_high(model.evaluate(2.0**x, choice)), low, high, rounds)  # noqa: B023
+        if fixed_k is None and reach:
+            choice = model.choose(2.0**middle)
+        low, high = middle - reach, middle + reach
+    return model.evaluate(2.0**middle, choice)
+
+
+def _bisect(above: Callable[[float], bool], low: float, high: float, rounds: int) -> tuple[float, float, float]:
+    for _ in range(rounds):
+        middle = (low + high) / 2
+        low, high = (low, middle) if above(middle) else (middle, high)
+    return low, high, (low + high) / 2
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Parts:
+    """Vectors of all modules as Gaussian parts: bands of shared directions, then (last) the remainder."""
+
+    energy: Float[np.ndarray, "p g"]
+    size: Float[np.ndarray, "p g"]
+
+    def cost(self, weight: np.ndarray, slope: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Bits and squared error of each vector, and the share of its remainder that is lost."""
+        rate, lost = gaussian_cost(self.energy / self.size, weight[:, None], slope)
+        error = np.minimum(np.einsum("pg,pg->p", lost, self.energy), 1.0)
+        return np.einsum("pg,pg->p", rate, self.size), error, lost[:, -1]
+
+
+class _Side:
+    """One side of all modules in arrays padded to the most candidate sizes (``g``) and directions (``k``)."""
+
+    def __init__(self, sides: list[SideStatistics], module: Int[np.ndarray, " p"]) -> None:
+        count = max(len(s.sizes) for s in sides)
+        self.module = module
+        self.allowed = np.array([[g < len(s.sizes) for g in range(count)] for s in sides])
+        self.sizes = np.array([s.sizes + [s.sizes[-1]] * (count - len(s.sizes)) for s in sides], dtype=float)
+        self.width = np.array([s.width for s in sides], dtype=float)
+        padded = [np.pad(s.explained, ((0, 0), (0, count - len(s.sizes))), mode="edge") for s in sides]
+        self.explained = np.concatenate(padded).clip(0, 1)
+        most = max(len(s.direction_weight) for s in sides)
+        self.direction_weight = np.stack([np.pad(s.direction_weight, (0, most - len(s.direction_weight))) for s in sides])
+
+    def at(self, choice: Int[np.ndarray, " m"]) -> _Parts:
+        """The parts when each module shares ``sizes[choice]`` directions."""
+        sizes, chosen = self.sizes[self.module], choice[self.module]
+        bands = np.diff(self.explained, axis=1).clip(min=0)
+        used = np.arange(bands.shape[1])[None, :] < chosen[:, None]
+        rows = np.arange(len(chosen))
+        rest = 1 - self.explained[rows, chosen]
+        left = self.width[self.module] - sizes[rows, chosen]
+        energy = np.concatenate([np.where(used, bands, 0.0), rest[:, None]], axis=1)
+        size = np.concatenate([np.where(used, np.diff(sizes, axis=1), 0.0), left[:, None]], axis=1)
+        return _Parts(energy=energy, size=np.maximum(size, 1e-9))
+
+    def at_every_size(self, weight: np.ndarray, slope: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Bits, squared error and lost share of the remainder ``(p, g)`` of each vector for every candidate size."""
+        sizes = self.sizes[self.module]
+        bands, band_size = np.diff(self.explained, axis=1).clip(min=0), np.diff(sizes, axis=1)
+        rate, lost = gaussian_cost(bands / np.maximum(band_size, 1e-9), weight[:, None], slope)
+        rest, rest_size = 1 - self.explained, self.width[self.module][:, None] - sizes
+        rest_rate, rest_lost = gaussian_cost(rest / np.maximum(rest_size, 1e-9), weight[:, None], slope)
+        bits = np.pad((rate * band_size).cumsum(axis=1), ((0, 0), (1, 0))) + rest_rate * rest_size
+        error = np.pad((lost * bands).cumsum(axis=1), ((0, 0), (1, 0))) + rest_lost * rest
+        return bits, np.minimum(error, 1.0), rest_lost
+
+    def shared(self, passed_on: Float[np.ndarray, " m"], size: Float[np.ndarray, " m"], slope: float) -> np.ndarray:
+        """Bits and weighted error ``(2, m)`` of each module's first ``size`` directions."""
+        used = np.arange(self.direction_weight.shape[1])[None, :] < size[:, None]
+        bits, error = basis_cost(self.direction_weight * passed_on[:, None], self.width[:, None], slope)
+        return np.stack([np.where(used, bits + PAIR_OVERHEAD, 0).sum(axis=1), np.where(used, error, 0).sum(axis=1)])
+
+
+class _Model:
+    """Expected bits and error of all modules at once; a module's choice is an index into its candidate sizes."""
+
+    def __init__(self, modules: list[ModuleStatistics], adapters: int, sampled: int) -> None:
+        self.module = np.repeat(np.arange(len(modules)), [len(m.weight) for m in modules])
+        self.weight = np.concatenate([m.weight for m in modules])
+        self.scale = adapters / sampled
+        self.adapters = adapters
+        self.sides = (
+            _Side([m.side_in for m in modules], self.module),
+            _Side([m.side_out for m in modules], self.module),
+        )
+
+    def fixed(self, k: int) -> np.ndarray:
+        """The choice ``(2, m)`` of exactly ``k`` directions a side."""
+        return np.stack([np.argmax(side.sizes == k, axis=1) for side in self.sides])
+
+    def evaluate(self, slope: float, choice: Int[np.ndarray, "2 m"]) -> Allocation:
+        """What a slope buys for a choice of basis sizes."""
+        parts = [side.at(chosen) for side, chosen in zip(self.sides, choice, strict=True)]
+        errors = [np.zeros_like(self.weight), np.zeros_like(self.weight)]
+        rates, losts = list(errors), list(errors)
+        # each side's errors count only as far as the other side survives; three rounds settle it
+        for _ in range(3):
+            for s in (0, 1):
+                rates[s], errors[s], losts[s] = parts[s].cost(self.weight * (1 - errors[1 - s]), slope)
+        bits = rates[0] + rates[1] + PAIR_OVERHEAD
+        error = self.weight * (1 - (1 - errors[0]) * (1 - errors[1]))
+        keep = error + slope * bits < self.weight
+        total_bits = self.scale * float(bits[keep].sum())
+        total_error = self.scale * float(np.where(keep, error, self.weight).sum())
+        passed, sizes = [], []
+        for side, part, lost, chosen in zip(self.sides, parts, losts, choice, strict=True):
+            sizes.append(side.sizes[np.arange(len(chosen)), chosen])
+            passed.append(self._passed_on(1 - part.energy[:, -1], lost, keep))
+            shared = side.shared(passed[-1], sizes[-1], slope)
+            total_bits += float(shared[0].sum())
+            total_error += float(shared[1].sum())
+        return Allocation(
+            slope=slope,
+            sizes=tuple((int(a), int(b)) for a, b in zip(*sizes, strict=True)),
+            passed_on=tuple((float(a), float(b)) for a, b in zip(*passed, strict=True)),
+            bits=total_bits,
+            error=math.sqrt(max(total_error, 0.0) / max(self.adapters, 1)),
+        )
+
+    def choose(self, slope: float) -> Int[np.ndarray, "2 m"]:
+        """The choice that costs each module least at a slope."""
+        # sharing on one side may pay only once the other side shares: start from both ends
+        ends = (np.zeros_like(self.fixed(0)), np.stack([side.allowed.sum(axis=1) - 1 for side in self.sides]))
+        (none, none_cost), (full, full_cost) = (self._descend(end, slope) for end in ends)
+        choice = np.where(full_cost < none_cost, full, none)
+        private = self._descend(ends[0], slope, rounds=0)[1]
+        worth = np.minimum(full_cost, none_cost) < (1 - SHARING_MARGIN) * private
+        return np.where(worth, choice, 0)
+
+    def _descend(
+        self, choice: Int[np.ndarray, "2 m"], slope: float, rounds: int = 3
+    ) -> tuple[Int[np.ndarray, "2 m"], Float[np.ndarray, " m"]]:
+        """Improve one side at a time; returns the choice and its cost of each module."""
+        choice = choice.copy()
+        count = len(self.sides[0].sizes)
+        rows, own = np.arange(len(self.weight)), np.arange(count)
+        errors = [np.zeros_like(self.weight), np.zeros_like(self.weight)]
+        rates = list(errors)
+        for s in (0, 1, 0, 1):  # settle the errors at the start
+            bits, error, _ = self.sides[s].at_every_size(self.weight * (1 - errors[1 - s]), slope)
+            chosen = choice[s][self.module]
+            rates[s], errors[s] = bits[rows, chosen], error[rows, chosen]
+        best = np.full(count, np.inf)
+        for s in (0, 1) * max(rounds, 1):
+            side, other = self.sides[s], 1 - s
+            bits, error, lost = side.at_every_size(self.weight * (1 - errors[other]), slope)
+            pair_bits = bits + rates[other][:, None] + PAIR_OVERHEAD
+            pair = self.weight[:, None] * (1 - (1 - error) * (1 - errors[other][:, None])) + slope * pair_bits
+            keep = pair < self.weight[:, None]
+            pair = np.where(keep, pair, self.weight[:, None])
+            cost = self.scale * self._per_module(pair)
+            for g in range(cost.shape[1]):
+                passed = self._passed_on(side.explained[:, g], lost[:, g], keep[:, g])
+                shared = side.shared(passed, side.sizes[:, g], slope)
+                cost[:, g] += shared[1] + slope * shared[0]
+            # what the other side's basis costs does not change the choice, but it does change the total
+            kept = choice[other]
+            passed = self._passed_on(self.sides[other].explained[rows, kept[self.module]], np.ones_like(self.weight), keep[:, 0])
+            shared = self.sides[other].shared(passed, self.sides[other].sizes[own, kept], slope)
+            cost += (shared[1] + slope * shared[0])[:, None]
+            cost[~side.allowed] = np.inf
+            if rounds:
+                choice[s] = cost.argmin(axis=1)
+            best = cost[own, choice[s]]
+            chosen = choice[s][self.module]
+            rates[s], errors[s] = bits[rows, chosen], error[rows, chosen]
+        return choice, best
+
+    def _per_module(self, values: Float[np.ndarray, "p g"]) -> Float[np.ndarray, "m g"]:
+        count = len(self.sides[0].sizes)
+        return np.stack([np.bincount(self.module, column, minlength=count) for column in values.T], axis=1)
+
+    def _passed_on(self, explained: np.ndarray, lost: np.ndarray, keep: np.ndarray) -> Float[np.ndarray, " m"]:
+        """Share of a basis direction's own error that reaches the updates: coded remainders mend the rest."""
+        importance = self.weight * explained * keep
+        count = len(self.sides[0].sizes)
+        total = np.bincount(self.module, importance, minlength=count)
+        reaching = np.bincount(self.module, importance * np.where(explained < 1, lost, 1.0), minlength=count)
+        return np.clip(reaching / np.maximum(total, 1e-300), 1e-6, 1.0)
