@@ -1,0 +1,551 @@
+"""The bank: many LoRA adapters of one base model on a shared basis."""
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapterbank.adapters import LoraAdapter, LoraFactors, check_name
+from adapterbank.bank import store
+from adapterbank.bank.coding import (
+    Pair,
+    PlainBasis,
+    Slot,
+    decode_plain,
+    decode_plain_bases,
+    decode_predictive,
+    decode_predictive_bases,
+    squared_distance,
+)
+from adapterbank.bank.family import Family, Progress, Refused, Source, named_sources, open_family
+from adapterbank.bank.fit import MemberCoder, MemberConfigs, PlainCoder, bank_bytes, fit_bank
+from adapterbank.bank.index import BankIndex, MemberEntry
+from adapterbank.bank.partial import PartialFit
+from adapterbank.bank.settings import FitSettings, parse_bytes
+from adapterbank.codec.predictive import ModuleBasis
+from adapterbank.errors import BankError, UnknownNameError
+from adapterbank.subspace.updates import thin_svd
+
+Sources = Mapping[str, Source] | Iterable[Source]
+
+
+class Bank:
+    """Many adapters on a shared basis. Made by :meth:`fit` or :meth:`load`; changes live in memory until :meth:`save`.
+
+    Opening a bank reads its index only; a member is read, checked and decoded when it is asked for.
+    """
+
+    def __init__(self, index: BankIndex, directory: Path) -> None:
+        """Use :meth:`fit` or :meth:`load`."""
+        self._index = index
+        self._directory = directory
+        # files of changes that are not saved yet; gone with the object
+        self._staging = tempfile.TemporaryDirectory(prefix="adapterbank-")
+        self._bases: list[ModuleBasis] | list[PlainBasis] | None = None
+        self.refused: list[Refused] = []
+        """Adapters that the last fit, add or absorb left out, with ``skip_bad``."""
+
+    # --- making, opening, saving ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def fit(
+        cls,
+        adapters: Sources,
+        *,
+        ratio: float | None = None,
+        budget: int | str | None = None,
+        max_error: float | None = None,
+        k: int | None = None,
+        method: str = "product",
+        quantize: bool = True,
+        mean: str = "affine",
+        balance: bool = False,
+        base: str | None = None,
+        skip_bad: bool = False,
+        allow_pickle: bool = False,
+        seed: int = 0,
+        partial: PartialFit | None = None,
+        progress: Progress | None = None,
+    ) -> "Bank":
+        """Fit a bank on adapters of one base model.
+
+        Args:
+            adapters: PEFT directories, files, hub ids or ``LoraAdapter``s; a mapping or ``NAME=PATH`` names them.
+            ratio: Bytes of all A and B in float32, over bytes of the bank; or
+            budget: bytes of the bank, as a number or ``"20MB"``; or
+            max_error: largest relative error ``||dW - dW'|| / ||dW||`` of any adapter. Default 0.05.
+            k: Exactly so many shared directions a side. Alone: no private remainders, 16-bit values.
+            method: ``product`` fits the updates themselves; ``eigenlora`` (Algorithm 1 of arXiv:2502.04700) and ``flat``
+                are the papers', for comparison and reproduction, and need ``k``, ``ratio`` or ``budget``.
+            quantize: Off: 32-bit floats.
+            mean: Of the papers' methods: ``affine`` (the paper), ``drop`` (its official code) or ``none``.
+            balance: Of the papers' methods: balance A and B first.
+            base: Id of the base model, instead of what the adapters say, which is then not compared.
+            skip_bad: Leave out adapters that can't be used and list them in ``refused``.
+            allow_pickle: Also read ``.bin`` adapters.
+            seed: For what is drawn at random; the same seed gives the same bytes.
+            partial: Joined sketches of these adapters, from :meth:`partial`.
+            progress: Called with ``(stage, done, total)``.
+
+        Raises:
+            AdapterError: If an adapter can't be used, or two don't belong together.
+            MissingFileError: If there is nothing at a path.
+            BankError: If the arguments contradict each other, or the target can't be met.
+        """
+        settings = FitSettings(
+            method=method, k=k, ratio=ratio, budget=None if budget is None else parse_bytes(budget),
+            max_error=max_error, quantize=quantize, mean=mean, balance=balance, seed=seed,
+        )  # fmt: skip
+        family = open_family(adapters, base=base, skip_bad=skip_bad, allow_pickle=allow_pickle, progress=progress)
+        return cls._fitted(family, settings, partial, progress)
+
+    @classmethod
+    def _fitted(
+        cls, family: Family, settings: FitSettings, partial: PartialFit | None, progress: Progress | None
+    ) -> "Bank":
+        if partial is not None and sorted(partial.adapters) != sorted(family.names()):
+            raise BankError(f"the sketch is of {len(partial.adapters)} adapters, not of these {len(family.adapters)}")
+        staging = tempfile.TemporaryDirectory(prefix="adapterbank-")
+        index = fit_bank(family, settings, Path(staging.name), partial=partial, progress=progress)
+        bank = cls(index, Path(staging.name))
+        bank._staging = staging
+        bank.refused = family.refused
+        return bank
+
+    @staticmethod
+    def partial(
+        adapters: Sources, *, base: str | None = None, skip_bad: bool = False, progress: Progress | None = None
+    ) -> PartialFit:
+        """Sketch some of the adapters of a fit; sketches are saved, sent, and merged in any order.
+
+        Args:
+            adapters: As in :meth:`fit`.
+            base: As in :meth:`fit`.
+            skip_bad: As in :meth:`fit`.
+            progress: Called with ``(stage, done, total)``.
+        """
+        return PartialFit.of(open_family(adapters, base=base, skip_bad=skip_bad, progress=progress), progress)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Bank":
+        """Open a bank; only its index is read.
+
+        Raises:
+            MissingFileError: If there is no bank.
+            BankError: If it is damaged or of a newer format.
+        """
+        directory = Path(path).expanduser()
+        return cls(store.read_index(directory), directory)
+
+    def save(self, path: str | Path) -> None:
+        """Write the bank to a directory, all or nothing; a bank that is there is replaced.
+
+        Raises:
+            BankError: If the directory holds something else or can't be written.
+        """
+        directory = Path(path).expanduser()
+        with store.locked(directory):
+            self._save(directory)
+
+    def _save(self, directory: Path) -> None:
+        names = [(store.basis_file(self._index.basis), self._index.basis)]
+        names += [(store.member_file(m.sha256), m.sha256) for m in self._index.members.values()]
+        for name, _ in names:
+            held = self._find(name)
+            if held.parent != directory:
+                store.write_file(directory, name, held.read_bytes())
+        store.commit(directory, self._index)
+        self._directory = directory
+
+    @classmethod
+    @contextmanager
+    def edit(cls, path: str | Path) -> Iterator["Bank"]:
+        """Change a bank on disk: lock, read, let the caller change it, save. Two at once wait for each other.
+
+        An error inside leaves the bank as it was.
+        """
+        directory = Path(path).expanduser()
+        store.read_index(directory)  # a missing bank is an error, not a new directory
+        with store.locked(directory):
+            bank = cls.load(directory)
+            yield bank
+            bank._save(directory)
+
+    # --- what is in it --------------------------------------------------------------------------------------------------
+
+    @property
+    def index(self) -> BankIndex:
+        """Everything but the tensors."""
+        return self._index
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the members."""
+        return list(self._index.members)
+
+    def __len__(self) -> int:
+        return len(self._index.members)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._index.members
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __getitem__(self, name: str) -> MemberEntry:
+        """What the index says of a member.
+
+        Raises:
+            UnknownNameError: If there is none of that name.
+        """
+        entry = self._index.members.get(name)
+        if entry is None:
+            close = [n for n in self.names if n.casefold() == name.casefold()]
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {_few(self.names)}"
+            raise UnknownNameError(f"the bank has no member {name!r}; {hint}")
+        return entry
+
+    def __repr__(self) -> str:
+        return f"Bank({len(self)} adapters of {self._index.base}, {bank_bytes(self._index):,} bytes)"
+
+    @property
+    def bytes(self) -> int:
+        """Bytes on disk of the whole bank, task heads apart."""
+        return bank_bytes(self._index)
+
+    def errors(self) -> dict[str, float]:
+        """Relative error of each member's update, ``||dW - dW'||_F / ||dW||_F`` over all its modules, as measured when coded."""
+        return {name: entry.error for name, entry in self._index.members.items()}
+
+    def summary(self) -> dict[str, Any]:
+        """Numbers of the whole bank: bytes with everything counted, ratios, and the root mean square of the errors."""
+        members = list(self._index.members.values())
+        values, errors = sum(m.values for m in members), [m.error for m in members]
+        size = self.bytes
+        return {
+            "adapters": len(members),
+            "modules": len(self._index.modules),
+            "base": self._index.base,
+            "method": self._index.method,
+            "coding": self._index.coding,
+            "parameters": dict(self._index.parameters),
+            "bytes": size,
+            "basis_bytes": self._index.basis_bytes,
+            "source_bytes": sum(m.source_bytes for m in members),
+            "ratio": 4 * values / size if size else 0.0,
+            "ratio_to_sources": sum(m.source_bytes for m in members) / size if size else 0.0,
+            "error": (sum(e * e for e in errors) / len(errors)) ** 0.5 if errors else 0.0,
+            "largest_error": max(errors, default=0.0),
+            "directions": self.directions(),
+        }
+
+    def directions(self) -> dict[str, tuple[int, int]]:
+        """Shared directions ``(k_in, k_out)`` of each module."""
+        bases = zip(self._index.modules, self._decoded_bases(), strict=True)
+        return {m.name: (b.side_in.k, b.side_out.k) for m, b in bases}
+
+    # --- members back ---------------------------------------------------------------------------------------------------
+
+    def reconstruct(self, name: str) -> LoraAdapter:
+        """A member as an ordinary LoRA adapter in memory, with the modules, ranks, scales and task head it came with.
+
+        Raises:
+            UnknownNameError: If there is no such member.
+            BankError: If its file is damaged.
+        """
+        entry = self[name]
+        tensors = self._read(store.member_file(entry.sha256), entry.sha256)
+        slots, pairs = self._decode(tensors["payload"], name)
+        present = [(m, s) for m, s in zip(self._index.modules, slots, strict=True) if s.rank]
+        factors = {
+            module.name: _factors(pair, slot, entry.scales, name)
+            for (module, slot), pair in zip(present, pairs, strict=True)
+        }
+        extras = {key.removeprefix("extra."): value for key, value in tensors.items() if key.startswith("extra.")}
+        config = self._index.configs[entry.config] if entry.config < len(self._index.configs) else {}
+        return LoraAdapter.from_factors(name, factors, base=self._index.base, config=config, extras=extras)
+
+    def export(self, name: str, directory: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
+        """Write a member as an ordinary PEFT directory; see ``LoraAdapter.save``."""
+        self.reconstruct(name).save(directory, dtype=dtype)
+
+    def verify(
+        self, originals: Mapping[str, Source] | Iterable[Source], *, allow_pickle: bool = False
+    ) -> dict[str, float]:
+        """Measure members against their originals again, before those are deleted.
+
+        Args:
+            originals: The adapters, by member name or in the forms of :meth:`fit`.
+            allow_pickle: See ``LoraAdapter.load``.
+
+        Returns:
+            Relative error of each update.
+
+        Raises:
+            UnknownNameError: If one is no member.
+            AdapterError: If an original has other modules or another task head than its member.
+        """
+        errors = {}
+        for name, source in named_sources(originals):
+            original = (
+                source if isinstance(source, LoraAdapter) else LoraAdapter.load(source, name=name, allow_pickle=allow_pickle)
+            )
+            errors[name or original.name] = _relative_error(original, self.reconstruct(name or original.name))
+        return errors
+
+    # --- changes --------------------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        adapters: Sources | Source,
+        *,
+        base: str | None = None,
+        skip_bad: bool = False,
+        allow_pickle: bool = False,
+        progress: Progress | None = None,
+    ) -> list[str]:
+        """Code adapters on the basis there is, like the fit: at its slope, or keeping its promised error.
+
+        Args:
+            adapters: One adapter or several, as in :meth:`fit`.
+            base: As in :meth:`fit`.
+            skip_bad: As in :meth:`fit`.
+            allow_pickle: As in :meth:`fit`.
+            progress: Called with ``(stage, done, total)``.
+
+        Returns:
+            Names of the new members.
+
+        Raises:
+            AdapterError: If an adapter can't be used, has a module that the bank lacks, or its name is taken.
+        """
+        family = self._beside(adapters, base=base, skip_bad=skip_bad, allow_pickle=allow_pickle, progress=progress)
+        lacking = set(family.modules) - {m.name for m in self._index.modules}
+        if lacking:
+            raise BankError(
+                f"the bank has no basis for {min(lacking)}"
+                + (f" and {len(lacking) - 1} more modules" if len(lacking) > 1 else "")
+                + "; use absorb, which fits again"
+            )
+        configs = MemberConfigs(tuple(dict(c) for c in self._index.configs))
+        code = self._coder(family, configs).code
+        members = dict(self._index.members)
+        for i, name in enumerate(family.names()):
+            coded = code(i)
+            store.write_file(Path(self._staging.name), store.member_file(coded.entry.sha256), coded.data)
+            members[name] = coded.entry
+            if progress:
+                progress("coding adapters", i + 1, len(family.adapters))
+        self._index = replace(self._index, members=members, configs=configs.all(), base=self._index.base or family.base)
+        self.refused = family.refused
+        return family.names()
+
+    def remove(self, name: str) -> None:
+        """Drop a member; the basis stays as it is.
+
+        Raises:
+            UnknownNameError: If there is no such member.
+        """
+        _ = self[name]
+        self._index = replace(self._index, members={n: m for n, m in self._index.members.items() if n != name})
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a member another name.
+
+        Raises:
+            UnknownNameError: If there is no member ``old``.
+            BankError: If ``new`` is taken.
+        """
+        _ = self[old]
+        check_name(new)
+        if any(n.casefold() == new.casefold() for n in self.names if n != old):
+            raise BankError(f"the bank has a member {new!r} already; names differ by more than case")
+        self._index = replace(self._index, members={(new if n == old else n): m for n, m in self._index.members.items()})
+
+    def absorb(
+        self,
+        adapters: Sources | Source,
+        *,
+        originals: Mapping[str, Source] | None = None,
+        base: str | None = None,
+        skip_bad: bool = False,
+        allow_pickle: bool = False,
+        progress: Progress | None = None,
+    ) -> dict[str, float]:
+        """Fit again, with new adapters in it: the basis learns from them.
+
+        Old members are taken as the bank holds them, so their errors add up; the sum is what is reported of them, as a bound.
+        With their originals at hand they're taken from there.
+
+        Args:
+            adapters: One adapter or several, as in :meth:`fit`.
+            originals: Originals of old members, by name.
+            base: As in :meth:`fit`.
+            skip_bad: As in :meth:`fit`.
+            allow_pickle: As in :meth:`fit`.
+            progress: Called with ``(stage, done, total)``.
+
+        Returns:
+            Error of every member, old and new; at most that for old ones.
+        """
+        given = dict(originals or {})
+        for name in given:
+            _ = self[name]
+        old: dict[str, Source] = {name: given.get(name) or self.reconstruct(name) for name in self.names}
+        family = open_family(old, base=self._index.base, allow_pickle=allow_pickle)
+        loose = {name: self[name] for name in self.names if name not in given}
+        family = open_family(
+            _several(adapters), base=base, skip_bad=skip_bad, allow_pickle=allow_pickle, into=family, progress=progress
+        )
+        self._become(Bank._fitted(family, self._settings(), None, progress), loose)
+        return self.errors()
+
+    def compact(self, k: int, *, progress: Progress | None = None) -> None:
+        """Fit again with exactly ``k`` stored directions a side, so that training and serving find them in the bank.
+
+        Members are taken as the bank holds them; errors become bounds as in :meth:`absorb`.
+        """
+        settings = replace(self._settings(), k=k)
+        family = open_family({name: self.reconstruct(name) for name in self.names}, base=self._index.base)
+        self._become(Bank._fitted(family, settings, None, progress), dict(self._index.members))
+
+    @classmethod
+    def combine(cls, first: "Bank", second: "Bank", *, progress: Progress | None = None, **arguments: Any) -> "Bank":
+        """Fit one bank on the members of two, taken as the banks hold them.
+
+        Args:
+            first: A bank.
+            second: Another one, of the same base model, with no name in common.
+            progress: Called with ``(stage, done, total)``.
+            **arguments: As in :meth:`fit`; by default those of ``first``.
+
+        Raises:
+            AdapterError: If both have a member of one name, or they don't belong together.
+        """
+        family = Family()
+        for bank in (first, second):
+            family = open_family([bank.reconstruct(name) for name in bank.names], into=family)
+        settings = FitSettings(**arguments) if arguments else first._settings()
+        bank = cls._fitted(family, settings, None, progress)
+        bank._bound({**first._index.members, **second._index.members})
+        return bank
+
+    # --- inside ---------------------------------------------------------------------------------------------------------
+
+    def _settings(self) -> FitSettings:
+        return FitSettings(**dict(self._index.parameters))
+
+    def _become(self, fitted: "Bank", coded_before: Mapping[str, MemberEntry]) -> None:
+        fitted._bound(coded_before)
+        for path in Path(fitted._staging.name).iterdir():
+            shutil.move(path, Path(self._staging.name) / path.name)
+        self._index, self._bases, self.refused = fitted._index, None, fitted.refused
+
+    def _bound(self, coded_before: Mapping[str, MemberEntry]) -> None:
+        """Members that were coded from codes: what they had lost before counts too, by the triangle inequality."""
+        members = {}
+        for name, entry in self._index.members.items():
+            before = coded_before.get(name)
+            if before is None:
+                members[name] = entry
+                continue
+            # the second error is relative to the decoded update, whose norm is at most 1 + error of the original's
+            error = before.error + entry.error * (1 + before.error)
+            members[name] = replace(
+                entry, error=float(f"{error:.6g}"), bound=True, source=before.source, source_bytes=before.source_bytes
+            )
+        self._index = replace(self._index, members=members)
+
+    def _beside(self, adapters: Sources | Source, **options: Any) -> Family:
+        """Open new adapters and compare them with what the bank knows."""
+        family = Family(base=self._index.base, modules={m.name: m for m in self._index.modules})
+        opened = open_family(_several(adapters), into=family, **options)
+        taken = {n.casefold(): n for n in self.names}
+        for name in opened.names():
+            if name.casefold() in taken:
+                raise BankError(
+                    f"the bank has a member {taken[name.casefold()]!r} already; remove it first or give NAME=PATH"
+                )
+        return opened
+
+    def _coder(self, family: Family, configs: MemberConfigs) -> MemberCoder | PlainCoder:
+        modules = list(self._index.modules)
+        settings = self._settings()
+        if self._index.coding == "predictive":
+            bases: Any = self._decoded_bases()
+            return MemberCoder(family, modules, bases, self._index.slope, settings.error, configs)
+        plain: Any = self._decoded_bases()
+        return PlainCoder(family, modules, plain, self._bits, settings, configs)
+
+    @property
+    def _bits(self) -> int:
+        return 32 if self._index.coding == "float32" else 16
+
+    def _decoded_bases(self) -> list[ModuleBasis] | list[PlainBasis]:
+        if self._bases is None:
+            payload = self._read(store.basis_file(self._index.basis), self._index.basis)["payload"]
+            if self._index.coding == "predictive":
+                self._bases = decode_predictive_bases(payload, self._index.modules)
+            else:
+                self._bases = decode_plain_bases(payload, self._index.modules, self._bits)
+        return self._bases
+
+    def _decode(self, payload: Tensor, name: str) -> tuple[list[Slot], list[Pair]]:
+        bases: Any = self._decoded_bases()
+        try:
+            if self._index.coding == "predictive":
+                return decode_predictive(payload, bases)
+            return decode_plain(payload, bases, self._bits)
+        except BankError as error:
+            raise BankError(f"member {name!r}: {error}") from error
+
+    def _find(self, name: str) -> Path:
+        staged = Path(self._staging.name) / name
+        return staged if staged.exists() else self._directory / name
+
+    def _read(self, name: str, sha256: str) -> dict[str, Tensor]:
+        tensors = store.read_file(self._find(name).parent, name, sha256)
+        if "payload" not in tensors:
+            raise BankError(f"{name} is damaged: it holds no payload")
+        return tensors
+
+
+def _several(adapters: Sources | Source) -> Sources:
+    return [adapters] if isinstance(adapters, (str, Path, LoraAdapter)) else adapters
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none at all"
+
+
+def _factors(pair: Pair, slot: Slot, scales: tuple[float, ...], member: str) -> LoraFactors:
+    A, B = pair
+    if len(A) > slot.rank or slot.scale >= len(scales):
+        raise BankError(f"member {member!r} is damaged: {len(A)} pairs at rank {slot.rank}, scale {slot.scale}")
+    scale = scales[slot.scale]
+    # pairs that were not worth their bytes come back as zeros, so that shapes and keys stay
+    missing = slot.rank - len(A)
+    A = torch.nn.functional.pad(A, (0, 0, 0, missing))
+    B = torch.nn.functional.pad(B, (0, missing))
+    return LoraFactors(A=A, B=B / scale if scale else torch.zeros_like(B), scale=scale)
+
+
+def _relative_error(original: LoraAdapter, restored: LoraAdapter) -> float:
+    if dict(original.modules) != dict(restored.modules):
+        raise BankError(f"member {restored.name!r} has other modules or ranks than {original.name!r} as given")
+    for extra in original.extra_names:
+        if extra not in restored.extra_names or not torch.equal(original.extra(extra), restored.extra(extra)):
+            raise BankError(f"member {restored.name!r}: {extra} is not the one of {original.name!r} as given")
+    energy = lost = 0.0
+    for module in original.modules:
+        mine, theirs = original.factors(module), restored.factors(module)
+        update = thin_svd(mine.A, mine.B, mine.scale)
+        energy += float(update.S.double().square().sum())
+        lost += squared_distance(update, theirs.A, theirs.B * theirs.scale)
+    return float((lost / energy) ** 0.5) if energy else 0.0

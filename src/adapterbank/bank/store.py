@@ -1,0 +1,142 @@
+"""A bank's directory: files named by their content, and ``bank.json`` as the one commit point (design.md, section 4).
+
+Files are written before the index that names them, and the index is replaced in one step. So a reader sees the old bank or
+the new one, whatever moment a writer dies at; what a dead writer left behind is swept by the next one.
+"""
+
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from adapterbank.bank.index import BankIndex
+from adapterbank.errors import BankError, MissingFileError
+
+INDEX = "bank.json"
+LOCK = ".lock"
+_OURS = re.compile(r"(basis-)?[0-9a-f]{16}\.safetensors|\.[0-9a-f]{8}\.tmp")
+
+
+def member_file(sha256: str) -> str:
+    """File name of a member."""
+    return f"{sha256[:16]}.safetensors"
+
+
+def basis_file(sha256: str) -> str:
+    """File name of the basis."""
+    return f"basis-{sha256[:16]}.safetensors"
+
+
+def serialise(tensors: Mapping[str, Tensor]) -> tuple[bytes, str]:
+    """The bytes of a file and their sha256."""
+    data = safetensors.torch.save(dict(tensors))
+    return data, hashlib.sha256(data).hexdigest()
+
+
+def read_index(directory: Path) -> BankIndex:
+    """Read ``bank.json``.
+
+    Raises:
+        MissingFileError: If there is none.
+        BankError: If it is damaged or of a newer format.
+    """
+    path = directory / INDEX
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise MissingFileError(f"{directory} holds no {INDEX}; give the directory of a bank") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise BankError(f"{path} can't be read: {error}") from error
+    return BankIndex.from_json(text, str(path))
+
+
+def read_file(directory: Path, name: str, sha256: str) -> dict[str, Tensor]:
+    """Read a file of the bank and check its hash.
+
+    Raises:
+        MissingFileError: If it is gone.
+        BankError: If it isn't what the index says.
+    """
+    path = directory / name
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise MissingFileError(
+            f"{path} is gone: another process has changed the bank since it was opened, load it again"
+        ) from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise BankError(f"{path} is damaged: its sha256 is not the one in {INDEX}; restore it from a copy")
+    try:
+        return safetensors.torch.load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise BankError(f"{path} is no safetensors file: {error}") from error
+
+
+def write_file(directory: Path, name: str, data: bytes) -> None:
+    """Write a file that the index does not name yet; one that is there already has the same content."""
+    if not (directory / name).exists():
+        _replace(directory, name, data)
+
+
+def commit(directory: Path, index: BankIndex) -> None:
+    """Make ``index`` the bank's state, then sweep what it does not name. The caller holds the lock."""
+    _replace(directory, INDEX, index.to_json().encode())
+    named = {basis_file(index.basis)} | {member_file(m.sha256) for m in index.members.values()}
+    for path in directory.iterdir():
+        if _OURS.fullmatch(path.name) and path.name not in named:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the bank's writer lock, which the system releases when the process dies.
+
+    Raises:
+        BankError: If the directory can't be written to, or holds something other than a bank.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        strangers = [p.name for p in directory.iterdir() if p.name not in (INDEX, LOCK) and not _OURS.fullmatch(p.name)]
+        if strangers and not (directory / INDEX).exists():
+            raise BankError(f"{directory} holds {strangers[0]!r} and no bank; give a new or empty directory")
+        handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise BankError(f"{directory} can't be written to: {error.strerror or error}") from error
+    try:
+        _lock(handle)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        msvcrt.locking(handle, msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined,unused-ignore]
+    else:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+
+
+def _replace(directory: Path, name: str, data: bytes) -> None:
+    temporary = directory / f".{secrets.token_hex(4)}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, directory / name)
+    except OSError as error:
+        raise BankError(f"{directory / name} can't be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

