@@ -39,7 +39,7 @@ def test_an_index_without_any_tensor(law, adapter_dirs):
     assert law.scales[Q] == 8.0
     assert law.extra_names == ("score.weight",)
     assert law.source_bytes == (adapter_dirs[0] / WEIGHTS).stat().st_size
-    assert repr(law) == "LoraAdapter('adapter_000', base=\"synthetic/base-1024\", r=4, modules=4)"
+    assert repr(law) == "LoraAdapter('adapter_000', base='synthetic/base-1024', r=4, modules=4)"
     assert len(pickle.dumps(law)) < 4000
 
 
@@ -104,8 +104,13 @@ def test_a_directory_with_an_unusable_name_asks_for_one(adapter_dirs, name):
         LoraAdapter.load(directory, name=name)
 
 
+def test_a_link_gives_its_own_name(adapter_dirs, tmp_path):
+    (tmp_path / "law").symlink_to(adapter_dirs[0])
+    assert LoraAdapter.load(tmp_path / "law").name == "law"
+
+
 def test_nothing_there_is_said_so(tmp_path, monkeypatch):
-    for source in (tmp_path / "none", str(tmp_path / "none"), "none", "../none", "a/b/c", "~nobody/x"):
+    for source in (tmp_path / "none", str(tmp_path / "none"), "none", "../none", "a/b/c", "~no-such-user/x"):
         with pytest.raises(
             MissingFileError, match=r"does not exist; give a PEFT directory, a \.safetensors file or a hub id"
         ):

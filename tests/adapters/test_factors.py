@@ -17,6 +17,11 @@ def test_update_is_float32_whatever_the_factors_are():
     assert factors.update().dtype == torch.float32
 
 
+def test_a_scale_that_is_not_finite_is_refused():
+    with pytest.raises(AdapterError, match="the scale of an update is nan"):
+        LoraFactors(A=torch.ones(1, 1), B=torch.ones(1, 1), scale=float("nan"))
+
+
 def test_factors_of_different_rank_are_refused_with_both_shapes():
     with pytest.raises(AdapterError, match=r"A is \(2, 5\) and B is \(3, 4\)"):
         LoraFactors(A=torch.ones(2, 5), B=torch.ones(3, 4), scale=1.0)

@@ -241,6 +241,25 @@ def test_another_base_is_refused_by_module_and_another_id_only_warned_about():
         named.to_peft(other)
 
 
+def test_a_broken_adapter_leaves_the_model_as_it_was():
+    model = llama()
+    names = [name for name, _ in model.named_modules()]
+    adapter = LoraAdapter.from_peft(peft.get_peft_model(llama(), peft.LoraConfig(**LLAMA, init_lora_weights=False)))
+    factors = {module: adapter.factors(module) for module in adapter.modules}
+    next(iter(factors.values())).B[0, 0] = math.nan
+    with pytest.raises(AdapterError, match="not finite"):
+        LoraAdapter.from_factors("law", factors, config=adapter.config).to_peft(model)
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def test_what_peft_refuses_is_said_in_our_words():
+    live = peft.get_peft_model(llama(), peft.LoraConfig(**LLAMA, init_lora_weights=False))
+    adapter = LoraAdapter.from_peft(live, name="law")
+    other = peft.get_peft_model(llama(), peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    with pytest.raises(AdapterError, match="adapter 'law': PEFT can't add it to this model: Cannot combine"):
+        adapter.to_peft(other)
+
+
 def test_lossy_variants_are_refused_from_live_models_too():
     model = peft.get_peft_model(llama(), peft.LoraConfig(**LLAMA, use_dora=True))
     with pytest.raises(AdapterError, match="it is a DoRA"):

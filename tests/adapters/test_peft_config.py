@@ -78,7 +78,9 @@ def test_a_broken_pattern_is_refused():
         ({"rank_pattern": {"q": 1.5}}, "rank 1.5, expected a whole number"),
         ({"rank_pattern": {"q": 0}}, "rank 0.0, expected a whole number"),
         ({"alpha_pattern": {"q": "1"}}, r"has alpha_pattern\['q'\]='1', expected a finite number"),
-        ({"target_modules": [1]}, "target_modules with an entry that is no printable string"),
+        ({"target_modules": [1]}, r"has target_modules='\[1\]'; PEFT never writes that"),
+        ({"modules_to_save": ["a\n"]}, "has modules_to_save="),
+        ({"layers_to_transform": ["1"]}, "has layers_to_transform="),
         ({"base_model_name_or_path": "a\x1b[31m"}, r"'a\\x1b\[31m', expected printable characters"),
         ({"use_rslora": 1}, "has use_rslora='1'"),
     ],
@@ -127,6 +129,7 @@ def test_cleaning_keeps_what_matters_and_no_path():
         "corda_config": {"cache_file": "/home/me/cache"},
         "my_private_key": "/home/me",
         "bias": None,
+        "auto_mapping": {"base_model_class": "/home/me", "parent_library": "os"},
     }
     assert clean_config(config, "x") == PLAIN | {"base_model_name_or_path": "llama", "task_type": "CAUSAL_LM"}
 

@@ -50,12 +50,25 @@ def test_heads_and_biases_are_extras_under_their_own_names():
         ([f"{P}q.lora_A.a.weight", f"{P}q.lora_B.b.weight"], r"mixes 2 adapters \(a, b\); give one"),
         ([f"{P}q.base_layer.weight"], "belongs to a whole live model"),
         ([f"{P}score.modules_to_save.default.weight"], "belongs to a whole live model.*from_peft"),
-        ([f"{P}{m}.lora_{x}" for m in "qk" for x in "AB"] + [f"{P}q.lora_E"], "1 modules of 2 have no lora_E"),
+        ([f"{P}q.lora_{x}" for x in "ABE"], "unknown layout"),
     ],
 )
 def test_other_names_are_refused(names, message):
     with pytest.raises(AdapterError, match=message):
         sort(*names)
+
+
+def test_adalora_has_singular_values_beside_each_pair():
+    entries = {
+        f"{P}q.lora_{x}": TensorEntry(torch.float32, s) for x, s in [("A", (4, 8)), ("B", (6, 4)), ("E", (3, 1))]
+    }
+    keys, _ = sort_keys(entries, "x", adalora=True)
+    assert [pair.E for pair in keys.values()] == [f"{P}q.lora_E"]
+    with pytest.raises(AdapterError, match=r"lora_E is \(3, 1\), expected \(4, 1\)"):
+        keys["q"].shape(entries, 4, "x, q")
+    del entries[f"{P}q.lora_E"]
+    with pytest.raises(AdapterError, match="x, q: lora_E is missing"):
+        sort_keys(entries, "x", adalora=True)
 
 
 @pytest.mark.parametrize(

@@ -175,15 +175,18 @@ def test_weights_scale_whole_adapters(make_family):
 @settings(max_examples=40, deadline=None)
 @given(m=st.integers(1, 8), k=st.integers(1, 6), seed=st.integers(0, 999))
 def test_theorem_1_holds(m, k, seed):
-    # E11
+    # E11; float64 throughout, because a small residual of float32 rows is mostly rounding
     generator = torch.Generator().manual_seed(seed)
-    components = torch.linalg.qr(torch.randn(7, k, generator=generator)).Q.T
-    rows = torch.randn(m, k, generator=generator) @ components + 0.2 * torch.randn(m, 7, generator=generator)
+    components, inside, noise = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((7, k), (m, k), (m, 7))
+    )
+    components = torch.linalg.qr(components).Q.T
+    rows = inside @ components + 0.2 * noise
     projected = rows @ components.T @ components
     error = float((rows - projected).norm())
     bound = theorem1_bound(rows, components)
-    assert error <= bound.by_original * (1 + 1e-5)
-    assert error <= bound.by_projection * (1 + 1e-5)
+    assert error <= bound.by_original * (1 + 1e-9)
+    assert error <= bound.by_projection * (1 + 1e-9)
 
 
 def test_theorem_1_is_tight_for_one_row_and_open_outside():

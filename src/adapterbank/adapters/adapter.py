@@ -1,6 +1,5 @@
 """One LoRA adapter, whatever it was stored as: module shapes and scales at once, tensors one module at a time."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,15 +108,9 @@ class LoraAdapter:
         shapes = {module: ModuleShape(rank=factors[module].rank, d_in=factors[module].d_in, d_out=factors[module].d_out)
                   for module in keys}  # fmt: skip
         scales = {module: float(factors[module].scale) for module in keys}
-        given = {
-            **(config or {}),
-            "peft_type": "LORA",
-            "r": 1,
-            "lora_alpha": 1,
-            "rank_pattern": None,
-            "alpha_pattern": None,
-        }
-        given = clean_config(given, where)
+        # any rank and alpha do: the factors' own replace them
+        given = {**(config or {}), "peft_type": "LORA", "r": 1, "lora_alpha": 1}
+        given = clean_config({**given, "rank_pattern": None, "alpha_pattern": None}, where)
         base = base_model_id(base) or given.get("base_model_name_or_path")
         kept = clean_config(written_config(given, base, shapes, scales), where)
         source = TensorDict({**tensors, **extras})
@@ -161,7 +154,7 @@ class LoraAdapter:
         refuse_variants(config, where)
         kept = clean_config(config, where)
         scaling = Scaling(kept, where)
-        keys, extra_keys = sort_keys(source.entries, where)
+        keys, extra_keys = sort_keys(source.entries, where, adalora=scaling.is_adalora)
         modules = {module: parts.shape(source.entries, scaling.rank(module), f"{where}, {module}")
                    for module, parts in sorted(keys.items())}  # fmt: skip
         return cls(
@@ -277,4 +270,4 @@ class LoraAdapter:
         return write_model(self, model, adapter_name)
 
     def __repr__(self) -> str:
-        return f"LoraAdapter({self.name!r}, base={json.dumps(self.base)}, r={self.rank}, modules={len(self.modules)})"
+        return f"LoraAdapter({self.name!r}, base={self.base!r}, r={self.rank}, modules={len(self.modules)})"

@@ -1,5 +1,6 @@
 """One adapted linear layer: the two LoRA factors and their scale."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,18 +27,21 @@ class LoraFactors:
     ``fan_in_fan_out``): PEFT's ``lora_A`` and ``lora_B`` have the same shapes there.
 
     Raises:
-        AdapterError: If A and B disagree about the rank.
+        AdapterError: If A and B disagree about the rank, or the scale is not finite.
     """
 
     A: Float[Tensor, "r d_in"]
+    # not "r" again: that both agree is checked below, in words
     B: Float[Tensor, "d_out r_B"]
     scale: float
 
     def __post_init__(self) -> None:
-        if self.A.shape[0] != self.B.shape[1]:
+        if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
             raise AdapterError(
                 f"A is {tuple(self.A.shape)} and B is {tuple(self.B.shape)}: expected A (r, d_in) and B (d_out, r)"
             )
+        if not math.isfinite(self.scale):
+            raise AdapterError(f"the scale of an update is {self.scale}, expected a finite number")
 
     @property
     def rank(self) -> int:

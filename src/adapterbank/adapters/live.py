@@ -38,7 +38,7 @@ def read_model(model: Any, adapter_name: str) -> tuple[dict[str, Any], dict[str,
 def write_model(adapter: LoraAdapter, model: Any, adapter_name: str | None) -> Any:
     """Add ``adapter`` to a live model and activate it; arguments and errors as in :meth:`LoraAdapter.to_peft`."""
     _peft()
-    from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     where = f"adapter {adapter.name!r}"
     # torch forbids dots in the keys of a ModuleDict
@@ -48,37 +48,43 @@ def write_model(adapter: LoraAdapter, model: Any, adapter_name: str | None) -> A
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     targets = _targets(adapter, base, where)
     _compare_base(adapter, base, where)
-
-    renamed = {targets[module]: shape for module, shape in adapter.modules.items()}
-    scales = {targets[module]: scale for module, scale in adapter.scales.items()}
-    # the model's own id, set by PEFT: another one there would only make PEFT warn once more
-    config = written_config(adapter.config, None, renamed, scales)
-    config |= {"target_modules": sorted(renamed), "exclude_modules": None}
-    config |= {"layers_to_transform": None, "layers_pattern": None}
-    peft_config = LoraConfig(**{field: value for field, value in config.items() if field != "peft_type"})
-    if isinstance(model, PeftModel):
-        model.add_adapter(adapter_name, peft_config)
-        peft_model = model
-    else:
-        peft_model = get_peft_model(model, peft_config, adapter_name=adapter_name)
-
-    # PEFT insists on a value for every head that the task type brings along, also where the adapter has none
-    tensors = get_peft_model_state_dict(peft_model, adapter_name=adapter_name, save_embedding_layers=False)
+    # read everything before the model is touched, so that a broken adapter leaves it as it was
+    values: dict[str, Tensor] = {}
     for module, target in targets.items():
         factors = adapter.factors(module)
-        tensors[f"{PREFIX}{target}.lora_A.weight"] = factors.A
-        tensors[f"{PREFIX}{target}.lora_B.weight"] = factors.B
+        values[f"{PREFIX}{target}.lora_A.weight"] = factors.A
+        values[f"{PREFIX}{target}.lora_B.weight"] = factors.B
     for name, target in _extra_targets(adapter, base, where).items():
-        tensors[PREFIX + target] = adapter.extra(name)
-    set_peft_model_state_dict(peft_model, tensors, adapter_name=adapter_name)
-    peft_model.set_adapter(adapter_name)
-    for name, parameter in peft_model.named_parameters():
-        # activating makes trainable in PEFT; what was restored is for inference, as after from_pretrained
-        if f".{adapter_name}." in name or name.endswith(f".{adapter_name}"):
-            parameter.requires_grad_(False)
+        values[PREFIX + target] = adapter.extra(name)
+
+    config = _live_config(adapter, targets)
+    try:
+        if isinstance(model, PeftModel):
+            model.add_adapter(adapter_name, config)
+        else:
+            model = get_peft_model(model, config, adapter_name=adapter_name)
+    except ValueError as error:
+        raise AdapterError(f"{where}: PEFT can't add it to this model: {error}") from error
+    # PEFT insists on a value for every head that the task type brings along, also where the adapter has none
+    defaults = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    set_peft_model_state_dict(model, defaults | values, adapter_name=adapter_name)
+    model.set_adapter(adapter_name, inference_mode=True)
     # as from_pretrained does: the new layers' dropout would be on otherwise
-    peft_model.eval()
-    return peft_model
+    return model.eval()
+
+
+def _live_config(adapter: LoraAdapter, targets: Mapping[str, str]) -> Any:
+    """A ``LoraConfig`` for exactly these modules under their live names."""
+    from peft import LoraConfig
+
+    shapes = {targets[module]: shape for module, shape in adapter.modules.items()}
+    scales = {targets[module]: scale for module, scale in adapter.scales.items()}
+    # no id of the base: PEFT takes the model's own, and would warn about another one
+    config = written_config(adapter.config, None, shapes, scales)
+    config |= {"target_modules": sorted(shapes), "exclude_modules": None}
+    config |= {"layers_to_transform": None, "layers_pattern": None}
+    del config["peft_type"]
+    return LoraConfig(**config)
 
 
 def _peft() -> None:

@@ -143,11 +143,15 @@ def clean_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     for field in ("init_r" if kept["peft_type"] == "ADALORA" else "r", "lora_alpha"):
         if field not in kept:
             raise AdapterError(f"{where}: {CONFIG_FILE} has no {field}, so the scale of the update is unknown; add it")
-    # whatever is hidden in a list would fail inside PEFT, far from here
-    for field in ("target_modules", "exclude_modules", "modules_to_save"):
-        value = kept.get(field)
-        if isinstance(value, list) and not all(isinstance(item, str) and item.isprintable() for item in value):
-            raise AdapterError(f"{where}: {CONFIG_FILE} has {field} with an entry that is no printable string")
+    for field, value in kept.items():
+        # whatever is hidden in a list would fail inside PEFT, far from here
+        kinds = int if field == "layers_to_transform" else str
+        if isinstance(value, list) and not all(isinstance(item, kinds) and str(item).isprintable() for item in value):
+            raise AdapterError(f"{where}: {CONFIG_FILE} has {field}={str(value)[:40]!a}; PEFT never writes that")
+    mapping = kept.pop("auto_mapping", {})
+    names = [mapping.get(field) for field in ("base_model_class", "parent_library")]
+    if all(isinstance(name, str) and re.fullmatch(r"[\w.]+", name) for name in names):
+        kept["auto_mapping"] = dict(zip(("base_model_class", "parent_library"), names, strict=True))
     base = base_model_id(kept.pop("base_model_name_or_path", None))
     if base is not None:
         kept["base_model_name_or_path"] = base
@@ -198,7 +202,7 @@ class Scaling:
         if self.is_adalora:
             mask = self._masks.get(f"{module}.lora_E")
             return sum(map(bool, mask)) if isinstance(mask, list) else self.default_rank
-        return int(_first_match(self._ranks, module, self.default_rank))
+        return int(_first_match(self._ranks, module, float(self.default_rank)))
 
     def scale(self, module: str) -> float:
         """The scale of the update of ``module``."""

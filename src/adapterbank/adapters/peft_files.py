@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -64,13 +65,14 @@ def open_source(
 
 def _locate(source: str | Path, allow_pickle: bool) -> tuple[Path, str, Path | None]:
     """The directory with the config, the default name, and the weights where they are already known."""
-    path = Path(source).expanduser()
+    # os.path, because Path's own raises on "~nobody"
+    path = Path(os.path.expanduser(source))
     try:
         if path.is_dir():
-            return path, path.resolve().name, None
+            return path, _own_name(path), None
         if path.is_file():
             inside = path.name in (WEIGHTS_FILE, PICKLE_FILE)
-            return path.parent, path.resolve().parent.name if inside else path.stem, path
+            return path.parent, _own_name(path.parent) if inside else path.stem, path
     except (OSError, ValueError) as error:
         raise AdapterError(f"{str(source)[:80]!r} is no usable path: {error}") from error
     hub = HUB_ID.fullmatch(source) if isinstance(source, str) else None
@@ -84,6 +86,11 @@ def _locate(source: str | Path, allow_pickle: bool) -> tuple[Path, str, Path | N
 
     directory, weights = fetch(repo, revision, (WEIGHTS_FILE, PICKLE_FILE) if allow_pickle else (WEIGHTS_FILE,))
     return directory, repo.split("/")[1], weights
+
+
+def _own_name(directory: Path) -> str:
+    # "." has none, and a link's own name says more than its target's
+    return Path(os.path.abspath(directory)).name
 
 
 def _name(name: str | None, default: str, source: str | Path) -> str:
@@ -134,7 +141,7 @@ def write_directory(directory: Path, config: Mapping[str, Any], tensors: dict[st
         AdapterError: If ``directory`` holds anything else, or can't be written.
     """
     # through links, so that a link to a directory is kept and its target replaced
-    directory = Path(os.path.realpath(directory.expanduser()))
+    directory = Path(os.path.realpath(os.path.expanduser(directory)))
     try:
         _check_target(directory, where)
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -151,8 +158,9 @@ def write_directory(directory: Path, config: Mapping[str, Any], tensors: dict[st
             _replace(temporary, directory)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    except OSError as error:
-        raise AdapterError(f"{where} can't be written to {directory}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise AdapterError(f"{where} can't be written to {directory}: {reason}") from error
 
 
 def _check_target(directory: Path, where: str) -> None:
@@ -171,7 +179,7 @@ def _check_target(directory: Path, where: str) -> None:
 
 
 def _sync(path: Path) -> None:
-    with path.open("rb") as file:
+    with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 

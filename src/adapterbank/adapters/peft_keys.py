@@ -60,18 +60,21 @@ class ModuleKeys:
             raise AdapterError(f"{where}: A has {A[0]} rows and B has {B[1]} columns, expected the same; save it again")
         if self.E is not None and entries[self.E].shape != (A[0], 1):
             raise AdapterError(f"{where}: lora_E is {entries[self.E].shape}, expected {(A[0], 1)}; save it again")
-        for key in (self.A, self.B):
+        for key in (self.A, self.B, self.E or self.A):
             if not entries[key].dtype.is_floating_point:
                 raise AdapterError(f"{where}: {key} holds {entries[key].dtype}, expected floats; save it unquantised")
         return ModuleShape(rank=max(A[0], 1), d_in=A[1], d_out=B[0])
 
 
-def sort_keys(entries: Mapping[str, TensorEntry], where: str) -> tuple[dict[str, ModuleKeys], dict[str, str]]:
+def sort_keys(
+    entries: Mapping[str, TensorEntry], where: str, *, adalora: bool = False
+) -> tuple[dict[str, ModuleKeys], dict[str, str]]:
     """Sort stored names into the factors of each module and everything else.
 
     Args:
         entries: The stored tensors.
         where: How errors call the adapter.
+        adalora: Whether each module has singular values, too.
 
     Returns:
         The names of each module's factors, and the stored name of each extra by its name without PEFT's prefix.
@@ -102,7 +105,7 @@ def sort_keys(entries: Mapping[str, TensorEntry], where: str) -> tuple[dict[str,
         if rest and rest[0] not in ("weight", "bias"):
             adapters.add(rest.pop(0))
         kind = rest[0] if rest else "weight"
-        if not module or len(rest) > 1 or (letter, kind) not in _KNOWN:
+        if not module or len(rest) > 1 or (letter, kind) not in (_KNOWN | _ADALORA if adalora else _KNOWN):
             raise AdapterError(
                 f"{where}: {key} has an unknown layout, expected {PREFIX}<module>.lora_A.weight; "
                 "convert the file to PEFT's layout first"
@@ -118,18 +121,14 @@ def sort_keys(entries: Mapping[str, TensorEntry], where: str) -> tuple[dict[str,
             f"{where}: it holds no LoRA weights, only {_first(entries)}; expected {PREFIX}<module>.lora_A.weight"
         )
     for module, pair in pairs.items():
-        for letter in "AB":
+        for letter in "ABE" if adalora else "AB":
             if letter not in pair:
                 raise AdapterError(f"{where}, {module}: lora_{letter} is missing; save the adapter again")
-    has_E = sum("E" in pair for pair in pairs.values())
-    if 0 < has_E < len(pairs):
-        raise AdapterError(
-            f"{where}: {len(pairs) - has_E} modules of {len(pairs)} have no lora_E; save the adapter again"
-        )
     return {module: ModuleKeys(**pair) for module, pair in pairs.items()}, extras
 
 
-_KNOWN = {("lora_A", "weight"), ("lora_B", "weight"), ("lora_B", "bias"), ("lora_E", "weight")}
+_KNOWN = {("lora_A", "weight"), ("lora_B", "weight"), ("lora_B", "bias")}
+_ADALORA = {("lora_E", "weight")}
 
 
 def _add(found: dict[str, str], name: str, key: str, where: str) -> None:

@@ -36,6 +36,8 @@ STATISTICS_ADAPTERS = 48
 """Adapters whose spectra decide where the bytes go, evenly spaced over the family."""
 BYTES_TOLERANCE = 0.01
 """A bank may be so much smaller than asked before the fit tries again."""
+SIZE_ADAPTERS = 16
+"""Adapters that are coded to predict the bytes of all, in families of more than twice as many."""
 _PRIVATE_CONFIG = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "base_model_name_or_path", "use_rslora"}
 
 
@@ -114,19 +116,21 @@ class _Fit:
                 f"{room} bytes can't hold this bank: its index alone takes about {fixed}; "
                 f"ask for more (a ratio of at most {4 * self.values / (fixed * 1.1):.0f})"
             )
-        aim, index, best = float(room - fixed), None, 0
+        aim, index, sizes = float(room - fixed), None, None
+        sampled = len(self.family.adapters) > 2 * SIZE_ADAPTERS
         for attempt in range(8):
-            allocation = plan.for_bits(8 * aim)
-            if attempt < 2 and len(self.family.adapters) > 2 * 16:
+            # once the model's bytes are put right, the basis stays: choosing again would move the target
+            allocation = plan.for_bits(8 * aim, sizes)
+            sizes = allocation.sizes if attempt else None
+            if sampled and attempt < 2:
                 size = fixed + self._sampled_bytes(directions, allocation)
             else:
                 index = self._write(directions, allocation, None)
                 size = bank_bytes(index)
-                if size <= room and (size > (1 - BYTES_TOLERANCE) * room or size <= best):
+                if (1 - BYTES_TOLERANCE) * room < size <= room:
                     return index
-                best = size if size <= room else best
-            # a hair below the aim, so that a few tries end on the right side
-            aim *= min(max((room - fixed) / max(size - fixed, 1), 0.2), 5.0) * (0.999 if size > room else 0.998)
+            # a hair below the aim, so that the next try ends on the right side
+            aim *= min(max((room - fixed) / max(size - fixed, 1), 0.2), 5.0) * 0.998
         if index is None or bank_bytes(index) > room:
             raise BankError(f"no bank of at most {room} bytes was found; the nearest takes {bank_bytes(index)}")
         return index
@@ -185,7 +189,7 @@ class _Fit:
         payload = self._bases(directions, allocation)
         bases = decode_predictive_bases(payload, self.modules)
         n = len(self.family.adapters)
-        sample = even_sample(n, 16)
+        sample = even_sample(n, SIZE_ADAPTERS)
         coder = MemberCoder(self.family, self.modules, bases, allocation.slope, None, self.configs)
         taken = sum(coder.code(i).entry.bytes for i in sample)
         return payload.numel() + taken * n // len(sample)
@@ -287,8 +291,8 @@ class _Plan:
         self._arguments = {"adapters": adapters, "sampled": sampled, "fixed_k": k}
         self._statistics = statistics
 
-    def for_bits(self, bits: float) -> Allocation:
-        return allocate(self._statistics, bits=bits, **self._arguments)
+    def for_bits(self, bits: float, sizes: tuple[tuple[int, int], ...] | None) -> Allocation:
+        return allocate(self._statistics, bits=bits, sizes=sizes, **self._arguments)
 
     def for_error(self, error: float) -> Allocation:
         return allocate(self._statistics, error=error, **self._arguments)

@@ -69,6 +69,7 @@ def allocate(
     bits: float | None = None,
     error: float | None = None,
     fixed_k: int | None = None,
+    sizes: tuple[tuple[int, int], ...] | None = None,
 ) -> Allocation:
     """Find the slope at which the expected bits, or the expected error, meets the target.
 
@@ -78,7 +79,8 @@ def allocate(
         sampled: Number of adapters the statistics come from; all by default.
         bits: Bits there are for bases and adapters; or
         error: Root mean square of the relative errors to reach.
-        fixed_k: Exactly so many directions a side instead of the best number.
+        fixed_k: Exactly so many directions a side instead of the best number; or
+        sizes: exactly so many of each side of each module, as in an earlier allocation.
 
     Raises:
         ValueError: Unless exactly one target is given.
@@ -91,11 +93,12 @@ def allocate(
         # bits fall and the error grows with the slope
         return found.bits < bits if bits is not None else found.error > float(error or 0)
 
-    choice = model.fixed(fixed_k) if fixed_k is not None else model.fixed(0)
+    given = sizes or (None if fixed_k is None else ((fixed_k, fixed_k),) * len(modules))
+    choice = model.fixed(given or ((0, 0),) * len(modules))
     low, high = -60.0, 2.0  # log2 of the slope
     for rounds, reach in ((9, 4.0), (8, 2.0), (16, 0.0)):  # the sizes follow the slope: choose again as it settles
         low, high, middle = _bisect(lambda x: too_high(model.evaluate(2.0**x, choice)), low, high, rounds)  # noqa: B023
-        if fixed_k is None and reach:
+        if given is None and reach:
             choice = model.choose(2.0**middle)
         low, high = middle - reach, middle + reach
     return model.evaluate(2.0**middle, choice)
@@ -179,9 +182,10 @@ class _Model:
             _Side([m.side_out for m in modules], self.module),
         )
 
-    def fixed(self, k: int) -> np.ndarray:
-        """The choice ``(2, m)`` of exactly ``k`` directions a side."""
-        return np.stack([np.argmax(side.sizes == k, axis=1) for side in self.sides])
+    def fixed(self, sizes: tuple[tuple[int, int], ...]) -> Int[np.ndarray, "2 m"]:
+        """The choice of exactly these directions, ``(k_in, k_out)`` of each module."""
+        wanted = np.array(sizes).T
+        return np.stack([np.argmax(s.sizes == k[:, None], axis=1) for s, k in zip(self.sides, wanted, strict=True)])
 
     def evaluate(self, slope: float, choice: Int[np.ndarray, "2 m"]) -> Allocation:
         """What a slope buys for a choice of basis sizes."""
@@ -215,7 +219,8 @@ class _Model:
     def choose(self, slope: float) -> Int[np.ndarray, "2 m"]:
         """The choice that costs each module least at a slope."""
         # sharing on one side may pay only once the other side shares: start from both ends
-        ends = (np.zeros_like(self.fixed(0)), np.stack([side.allowed.sum(axis=1) - 1 for side in self.sides]))
+        full_choice = np.stack([side.allowed.sum(axis=1) - 1 for side in self.sides])
+        ends = (np.zeros_like(full_choice), full_choice)
         (none, none_cost), (full, full_cost) = (self._descend(end, slope) for end in ends)
         choice = np.where(full_cost < none_cost, full, none)
         private = self._descend(ends[0], slope, rounds=0)[1]

@@ -4,6 +4,8 @@ Every value carries a class (``tables.quantiser``) that says how wide it is agai
 send their low bits as they are; magnitudes beyond a table's outermost symbol follow it as an Elias-gamma number.
 """
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import constriction
@@ -48,6 +50,14 @@ def _cells(table: Quantiser, magnitudes: np.ndarray) -> np.ndarray:
     return np.searchsorted(table.thresholds, magnitudes, side="right").astype(np.int32)
 
 
+def _groups(classes: Int[np.ndarray, "p _"]) -> Iterator[tuple[int, np.ndarray]]:
+    """Each class that codes anything, ascending, and where it applies: single values, or whole rows of a ``(p, 1)``."""
+    where = classes[:, 0] if classes.shape[1] == 1 else classes
+    for class_ in sorted(set(where.ravel().tolist())):
+        if class_ > CLASS_ZERO:
+            yield class_, where == class_
+
+
 class Writer:
     """Collects values and integers in order; ``finish`` returns the bytes."""
 
@@ -61,18 +71,17 @@ class Writer:
         if abs(inner) == INTEGER_REACH:
             self._gamma(abs(value) - INTEGER_REACH)
 
-    def values(self, steps: Float[np.ndarray, "..."], classes: Int[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    def values(self, steps: Float[np.ndarray, "p d"], classes: Int[np.ndarray, "p _"]) -> Float[np.ndarray, "p d"]:
         """Quantise ``steps`` (values over their step) by their classes, code them, and return what a reader will see.
 
         Args:
             steps: Values in units of their step.
-            classes: Class of each value; ``CLASS_ZERO`` or below codes nothing and decodes to 0.
+            classes: Class of each value, or ``(p, 1)`` of each row; ``CLASS_ZERO`` or below codes nothing, decodes to 0.
         """
         decoded = np.zeros(steps.shape, dtype=np.float32)
-        for class_ in np.unique(classes):
-            if class_ > CLASS_ZERO:
-                chosen = classes == class_
-                decoded[chosen] = self._one_class(steps[chosen], int(class_))
+        for class_, chosen in _groups(classes):
+            block = steps[chosen]
+            decoded[chosen] = self._one_class(block.reshape(-1), class_).reshape(block.shape)
         return decoded
 
     def _one_class(self, steps: np.ndarray, class_: int) -> np.ndarray:
@@ -142,13 +151,12 @@ class Reader:
         magnitude = INTEGER_REACH + self._gamma()
         return magnitude if inner > 0 else -magnitude
 
-    def values(self, classes: Int[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-        """The values of ``Writer.values``, in units of their steps."""
-        decoded = np.zeros(classes.shape, dtype=np.float32)
-        for class_ in np.unique(classes):
-            if class_ > CLASS_ZERO:
-                chosen = classes == class_
-                decoded[chosen] = self._one_class(int(chosen.sum()), int(class_))
+    def values(self, classes: Int[np.ndarray, "p _"], width: int) -> Float[np.ndarray, "p width"]:
+        """The values of ``Writer.values``, in units of their steps; ``width`` is the length of a row."""
+        decoded = np.zeros((len(classes), width), dtype=np.float32)
+        for class_, chosen in _groups(classes):
+            shape = decoded[chosen].shape
+            decoded[chosen] = self._one_class(math.prod(shape), class_).reshape(shape)
         return decoded
 
     def _one_class(self, count: int, class_: int) -> np.ndarray:

@@ -6,13 +6,14 @@ bits also mend the first side's error.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from adapterbank.codec.cost import SideEnergy, gaussian_cost, pair_cost
+from adapterbank.codec.cost import SideEnergy, pair_cost
 from adapterbank.codec.entropy import CLASS_LIMIT, Reader, Writer
 from adapterbank.codec.tables import CLASS_ZERO, CLASSES_PER_OCTAVE, SLOPE
 from adapterbank.subspace.updates import ThinUpdate
@@ -35,10 +36,12 @@ class SideBasis:
 
     def project(self, rows: Float[Tensor, "m d"]) -> Float[Tensor, "m k"]:
         """Least-squares coefficients against the decoded, so slightly skew, directions."""
-        if self.k == 0:
-            return rows.new_zeros(rows.shape[0], 0)
-        gram = self.vectors @ self.vectors.T
-        return torch.linalg.lstsq(gram.double(), (self.vectors @ rows.T).double()).solution.T.to(rows.dtype)
+        return rows @ self._dual.T
+
+    @cached_property
+    def _dual(self) -> Float[Tensor, "k d"]:
+        wide = self.vectors.double()
+        return torch.linalg.solve(wide @ wide.T, wide).float() if self.k else self.vectors
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -112,7 +115,7 @@ def encode_side_basis(
         context.write(writer, "class", int(classes[j]))
         context.write(writer, "profile", int(profile[j]))
     step = step_of(codes)[:, None]
-    decoded = writer.values(directions.numpy() / step, np.broadcast_to(classes[:, None], (k, d))) * step
+    decoded = writer.values(directions.numpy() / step, classes[:, None]) * step
     return SideBasis(vectors=torch.from_numpy(decoded.astype(np.float32)), profile=profile)
 
 
@@ -122,7 +125,7 @@ def decode_side_basis(reader: Reader, width: int) -> SideBasis:
     k = reader.integer()
     rows = [(context.read(reader, "step"), context.read(reader, "class"), context.read(reader, "profile")) for _ in range(k)]
     codes, classes, profile = np.array(rows, dtype=np.int64).reshape(k, 3).T
-    decoded = reader.values(np.broadcast_to(classes[:, None], (k, width))) * step_of(codes)[:, None]
+    decoded = reader.values(classes[:, None], width) * step_of(codes)[:, None]
     return SideBasis(vectors=torch.from_numpy(decoded.astype(np.float32)), profile=profile)
 
 
@@ -184,7 +187,7 @@ class ModuleWriter:
         classes = to_class(np.sqrt((remainder**2).mean(axis=1)) / step[:, 0])
         for value in classes:
             self._context.write(self._writer, f"{name} remainder", int(value))
-        private = self._writer.values(remainder / step, np.broadcast_to(classes[:, None], remainder.shape)) * step
+        private = self._writer.values(remainder / step, classes[:, None]) * step
         return predicted @ basis.vectors + torch.from_numpy(private.astype(np.float32))
 
 
@@ -209,10 +212,9 @@ class ModuleReader:
         step = step_of(codes)[:, None]
         levels = [self._context.read(self._reader, f"{name} level") for _ in codes] if basis.k else []
         classes = _coefficient_classes(np.array(levels, dtype=np.int64), basis)
-        predicted = torch.from_numpy((self._reader.values(classes) * step).astype(np.float32))
+        predicted = torch.from_numpy((self._reader.values(classes, basis.k) * step).astype(np.float32))
         widths = np.array([self._context.read(self._reader, f"{name} remainder") for _ in codes], dtype=np.int64)
-        shape = (len(codes), basis.vectors.shape[1])
-        private = self._reader.values(np.broadcast_to(widths[:, None], shape)) * step
+        private = self._reader.values(widths[:, None], basis.vectors.shape[1]) * step
         return predicted @ basis.vectors + torch.from_numpy(private.astype(np.float32))
 
 
@@ -255,9 +257,3 @@ def _refit(
     # a decoded row may be zero; a trace of ridge keeps its partner at zero instead of infinity
     ridge = 1e-12 * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(gram.shape[0], dtype=gram.dtype)
     return (torch.linalg.solve(gram + ridge, decoded @ rows.T) @ rows_in.double()).float()
-
-
-__all__ = [
-    "ModuleBasis", "ModuleReader", "ModuleWriter", "SideBasis", "coefficient_profile", "decode_side_basis",
-    "encode_side_basis", "gaussian_cost", "step_code", "step_of", "to_class",
-]

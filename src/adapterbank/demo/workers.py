@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from adapterbank.adapters import LoraAdapter
+from adapterbank.demo.curves import Point, bank_point
 from adapterbank.demo.data import load_task
 from adapterbank.demo.models import load_classifier, load_tokenizer
 from adapterbank.demo.train import TrainSettings, evaluate, train_adapter
@@ -29,6 +31,15 @@ class Measurement:
     settings: TrainSettings
 
 
+@dataclass(frozen=True, kw_only=True)
+class BankAtRatio:
+    """A bank to fit, only to see what it reaches."""
+
+    adapters: list[LoraAdapter]
+    ratio: float
+    seed: int
+
+
 def train(settings: TrainSettings, report: Report) -> Path:
     """Job: train one adapter, or find it in the cache."""
     return train_adapter(settings, progress=lambda done, total: report(done / total))
@@ -42,6 +53,11 @@ def measure(job: Measurement, report: Report) -> float:
     task = load_task(settings.task, train=settings.examples, test=settings.test_examples)
     model = PeftModel.from_pretrained(load_classifier(len(task.labels)), job.adapter)
     return evaluate(model, load_tokenizer(), task.test, max_tokens=settings.max_tokens)
+
+
+def fit_point(job: BankAtRatio, report: Report) -> Point:
+    """Job: what a bank reaches at one ratio."""
+    return bank_point(job.adapters, job.ratio, seed=job.seed)
 
 
 def run_jobs(
