@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from adapterbank.demo.assets import AssetError
 from adapterbank.demo.models import MINILM_ID
 from adapterbank.demo.train import TrainSettings, evaluate, fit, peft_model, probe_accuracy, read_meta, train_adapter
 
@@ -85,7 +86,7 @@ def test_an_interrupted_training_leaves_nothing(tiny):
 
 def test_a_folder_with_something_else_is_not_overwritten(tiny):
     train_adapter(SETTINGS, tiny.folder / "a")
-    with pytest.raises(FileExistsError, match="isn't the adapter of TrainSettings"):
+    with pytest.raises(AssetError, match="isn't the adapter of TrainSettings"):
         train_adapter(replace(SETTINGS, seed=1), tiny.folder / "a")
 
 

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,16 +21,18 @@ from adapterbank.bank.coding import (
     decode_plain_bases,
     decode_predictive,
     decode_predictive_bases,
-    squared_distance,
 )
 from adapterbank.bank.family import Family, Progress, Refused, Source, named_sources, open_family
-from adapterbank.bank.fit import MemberCoder, MemberConfigs, PlainCoder, bank_bytes, fit_bank
+from adapterbank.bank.fit import fit_bank
 from adapterbank.bank.index import BankIndex, MemberEntry
+from adapterbank.bank.members import MemberCoder, MemberConfigs, PlainCoder, PredictiveCoder
 from adapterbank.bank.partial import PartialFit
 from adapterbank.bank.settings import FitSettings, parse_bytes
+from adapterbank.bank.writing import bank_bytes
 from adapterbank.codec.predictive import ModuleBasis
 from adapterbank.errors import BankError, UnknownNameError
-from adapterbank.subspace.updates import thin_svd
+from adapterbank.subspace.eigenlora import Mean
+from adapterbank.subspace.updates import difference_norm, thin_svd
 
 Sources = Mapping[str, Source] | Iterable[Source]
 
@@ -51,7 +53,7 @@ class Bank:
         self.refused: list[Refused] = []
         """Adapters that the last fit, add or absorb left out, with ``skip_bad``."""
 
-    # --- making, opening, saving ----------------------------------------------------------------------------------------
+    # --- making, opening, saving ------------------------------------------------------------------------------------
 
     @classmethod
     def fit(
@@ -64,7 +66,7 @@ class Bank:
         k: int | None = None,
         method: str = "product",
         quantize: bool = True,
-        mean: str = "affine",
+        mean: Mean = "affine",
         balance: bool = False,
         base: str | None = None,
         skip_bad: bool = False,
@@ -81,7 +83,8 @@ class Bank:
             budget: bytes of the bank, as a number or ``"20MB"``; or
             max_error: largest relative error ``||dW - dW'|| / ||dW||`` of any adapter. Default 0.05.
             k: Exactly so many shared directions a side. Alone: no private remainders, 16-bit values.
-            method: ``product`` fits the updates themselves; ``eigenlora`` (Algorithm 1 of arXiv:2502.04700) and ``flat``
+            method: ``product`` fits the updates themselves; ``eigenlora`` (Algorithm 1 of arXiv:2502.04700) and
+            ``flat``
                 are the papers', for comparison and reproduction, and need ``k``, ``ratio`` or ``budget``.
             quantize: Off: 32-bit floats.
             mean: Of the papers' methods: ``affine`` (the paper), ``drop`` (its official code) or ``none``.
@@ -177,7 +180,7 @@ class Bank:
             yield bank
             bank._save(directory)
 
-    # --- what is in it --------------------------------------------------------------------------------------------------
+    # --- what is in it ----------------------------------------------------------------------------------------------
 
     @property
     def index(self) -> BankIndex:
@@ -220,7 +223,10 @@ class Bank:
         return bank_bytes(self._index)
 
     def errors(self) -> dict[str, float]:
-        """Relative error of each member's update, ``||dW - dW'||_F / ||dW||_F`` over all its modules, as measured when coded."""
+        """Relative error of each member's update, ``||dW - dW'||_F / ||dW||_F`` over all its modules.
+
+        As measured when it was coded; a bound where its entry says so.
+        """
         return {name: entry.error for name, entry in self._index.members.items()}
 
     def summary(self) -> dict[str, Any]:
@@ -247,10 +253,10 @@ class Bank:
 
     def directions(self) -> dict[str, tuple[int, int]]:
         """Shared directions ``(k_in, k_out)`` of each module."""
-        bases = zip(self._index.modules, self._decoded_bases(), strict=True)
-        return {m.name: (b.side_in.k, b.side_out.k) for m, b in bases}
+        bases: Sequence[ModuleBasis | PlainBasis] = self._decoded_bases()
+        return {m.name: (b.side_in.k, b.side_out.k) for m, b in zip(self._index.modules, bases, strict=True)}
 
-    # --- members back ---------------------------------------------------------------------------------------------------
+    # --- members back -----------------------------------------------------------------------------------------------
 
     def reconstruct(self, name: str) -> LoraAdapter:
         """A member as an ordinary LoRA adapter in memory, with the modules, ranks, scales and task head it came with.
@@ -294,12 +300,14 @@ class Bank:
         errors = {}
         for name, source in named_sources(originals):
             original = (
-                source if isinstance(source, LoraAdapter) else LoraAdapter.load(source, name=name, allow_pickle=allow_pickle)
+                source
+                if isinstance(source, LoraAdapter)
+                else LoraAdapter.load(source, name=name, allow_pickle=allow_pickle)
             )
             errors[name or original.name] = _relative_error(original, self.reconstruct(name or original.name))
         return errors
 
-    # --- changes --------------------------------------------------------------------------------------------------------
+    # --- changes ----------------------------------------------------------------------------------------------------
 
     def add(
         self,
@@ -333,7 +341,7 @@ class Bank:
                 + (f" and {len(lacking) - 1} more modules" if len(lacking) > 1 else "")
                 + "; use absorb, which fits again"
             )
-        configs = MemberConfigs(tuple(dict(c) for c in self._index.configs))
+        configs = MemberConfigs(self._index.configs)
         code = self._coder(family, configs).code
         members = dict(self._index.members)
         for i, name in enumerate(family.names()):
@@ -366,7 +374,9 @@ class Bank:
         check_name(new)
         if any(n.casefold() == new.casefold() for n in self.names if n != old):
             raise BankError(f"the bank has a member {new!r} already; names differ by more than case")
-        self._index = replace(self._index, members={(new if n == old else n): m for n, m in self._index.members.items()})
+        self._index = replace(
+            self._index, members={(new if n == old else n): m for n, m in self._index.members.items()}
+        )
 
     def absorb(
         self,
@@ -380,8 +390,8 @@ class Bank:
     ) -> dict[str, float]:
         """Fit again, with new adapters in it: the basis learns from them.
 
-        Old members are taken as the bank holds them, so their errors add up; the sum is what is reported of them, as a bound.
-        With their originals at hand they're taken from there.
+        Old members are taken as the bank holds them, so their errors add up; the sum is what is reported of them, as
+        a bound. With their originals at hand they're taken from there.
 
         Args:
             adapters: One adapter or several, as in :meth:`fit`.
@@ -436,7 +446,7 @@ class Bank:
         bank._bound({**first._index.members, **second._index.members})
         return bank
 
-    # --- inside ---------------------------------------------------------------------------------------------------------
+    # --- inside -----------------------------------------------------------------------------------------------------
 
     def _settings(self) -> FitSettings:
         return FitSettings(**dict(self._index.parameters))
@@ -474,18 +484,14 @@ class Bank:
                 )
         return opened
 
-    def _coder(self, family: Family, configs: MemberConfigs) -> MemberCoder | PlainCoder:
-        modules = list(self._index.modules)
+    def _coder(self, family: Family, configs: MemberConfigs) -> MemberCoder:
+        bases: Any = self._decoded_bases()
         settings = self._settings()
-        if self._index.coding == "predictive":
-            bases: Any = self._decoded_bases()
-            return MemberCoder(family, modules, bases, self._index.slope, settings.error, configs)
-        plain: Any = self._decoded_bases()
-        return PlainCoder(family, modules, plain, self._bits, settings, configs)
-
-    @property
-    def _bits(self) -> int:
-        return 32 if self._index.coding == "float32" else 16
+        if self._index.coding != "predictive":
+            return PlainCoder(family, self._index.modules, configs, bases=bases, settings=settings)
+        return PredictiveCoder(
+            family, self._index.modules, configs, bases=bases, slope=self._index.slope, max_error=settings.error
+        )
 
     def _decoded_bases(self) -> list[ModuleBasis] | list[PlainBasis]:
         if self._bases is None:
@@ -493,7 +499,7 @@ class Bank:
             if self._index.coding == "predictive":
                 self._bases = decode_predictive_bases(payload, self._index.modules)
             else:
-                self._bases = decode_plain_bases(payload, self._index.modules, self._bits)
+                self._bases = decode_plain_bases(payload, self._index.modules, self._settings().plain_bits)
         return self._bases
 
     def _decode(self, payload: Tensor, name: str) -> tuple[list[Slot], list[Pair]]:
@@ -501,7 +507,7 @@ class Bank:
         try:
             if self._index.coding == "predictive":
                 return decode_predictive(payload, bases)
-            return decode_plain(payload, bases, self._bits)
+            return decode_plain(payload, bases, self._settings().plain_bits)
         except BankError as error:
             raise BankError(f"member {name!r}: {error}") from error
 
@@ -547,5 +553,5 @@ def _relative_error(original: LoraAdapter, restored: LoraAdapter) -> float:
         mine, theirs = original.factors(module), restored.factors(module)
         update = thin_svd(mine.A, mine.B, mine.scale)
         energy += float(update.S.double().square().sum())
-        lost += squared_distance(update, theirs.A, theirs.B * theirs.scale)
+        lost += difference_norm(update, theirs.A, theirs.B * theirs.scale) ** 2
     return float((lost / energy) ** 0.5) if energy else 0.0

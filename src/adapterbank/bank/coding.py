@@ -1,7 +1,7 @@
 """Bases and members to payloads and back, in either coding; ``docs/format.md`` spells the bytes out.
 
-A payload is ``table length (u32) | table | body``. The table says which modules a member has, at which rank and scale; in the
-predictive coding it is part of the one entropy-coded stream, so the body is empty.
+A payload is ``table length (u32) | table | body``. The table says which modules a member has, at which rank and
+scale; in the predictive coding it is part of the one entropy-coded stream, so the body is empty.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ from adapterbank.codec.plain import PlainReader, PlainWriter
 from adapterbank.codec.predictive import ModuleBasis, ModuleReader, ModuleWriter, decode_side_basis
 from adapterbank.errors import BankError
 from adapterbank.subspace.product import harmonic_size
-from adapterbank.subspace.updates import ThinUpdate
+from adapterbank.subspace.updates import ThinUpdate, difference_norm
 
 Pair = tuple[Float[Tensor, "p d_in"], Float[Tensor, "d_out p"]]
 """Factors ``A', B'`` of one module at scale 1."""
@@ -36,7 +36,7 @@ class Slot:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PlainSide:
-    """Shared rows of one side of one module, as they are."""
+    """Shared rows of one side of one module, as they are; without any, members keep a factor's rows themselves."""
 
     rows: Float[Tensor, "k width"]
     mean: Float[Tensor, " width"] | None
@@ -48,13 +48,22 @@ class PlainSide:
         """Number of shared rows."""
         return int(self.rows.shape[0])
 
-    def project(self, rows: Float[Tensor, "r d"]) -> Float[Tensor, "m k"]:
+    @property
+    def columns(self) -> int:
+        """Values that a member stores of each row."""
+        return self.k or int(self.rows.shape[1])
+
+    def project(self, rows: Float[Tensor, "r d"]) -> Float[Tensor, "m columns"]:
         """Coefficients of a factor's rows; the shared rows are orthonormal up to rounding."""
         flat = rows.reshape(-1, self.rows.shape[1])
+        if self.k == 0:
+            return flat
         return (flat if self.mean is None else flat - self.mean) @ self.rows.T
 
-    def reconstruct(self, coefficients: Float[Tensor, "m k"]) -> Float[Tensor, "r d"]:
+    def reconstruct(self, coefficients: Float[Tensor, "m columns"]) -> Float[Tensor, "r d"]:
         """A factor's rows."""
+        if self.k == 0:
+            return coefficients
         flat = coefficients @ self.rows
         return (flat if self.mean is None else flat + self.mean).reshape(len(flat) * self.fold, -1)
 
@@ -86,7 +95,7 @@ def unpack(payload: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return data[4 : 4 + length].copy(), data[4 + length :]
 
 
-# --- members ------------------------------------------------------------------------------------------------------------
+# --- members --------------------------------------------------------------------------------------------------------
 
 
 def write_slots(writer: Writer, slots: Sequence[Slot]) -> None:
@@ -136,7 +145,7 @@ def encode_predictive(
     error = 0.0
     for update, basis in updates:
         A, B = modules.encode(update, basis, weight, slope)
-        error += weight * squared_distance(update, A, B)
+        error += weight * difference_norm(update, A, B) ** 2
     return pack(writer.finish(), np.zeros(0, dtype=np.uint8)), error
 
 
@@ -170,7 +179,7 @@ def encode_plain(
         else:
             decoded_in = basis.side_in.reconstruct(body.matrix(coef_in))
             pair = decoded_in, basis.side_out.reconstruct(body.matrix(coef_out)).T
-        error += weight * squared_distance(update, *pair)
+        error += weight * difference_norm(update, *pair) ** 2
     return pack(writer.finish(), body.finish()), error
 
 
@@ -186,15 +195,20 @@ def decode_plain(payload: Tensor, bases: Sequence[PlainBasis], bits: int) -> tup
         if _is_core(basis, slot.rank):
             pairs.append(_from_core(body.matrix(side_out.k, side_in.k), basis, slot.rank))
             continue
-        decoded_in = side_in.reconstruct(body.matrix(slot.rank // side_in.fold, side_in.k))
-        pairs.append((decoded_in, side_out.reconstruct(body.matrix(slot.rank // side_out.fold, side_out.k)).T))
+        decoded_in = side_in.reconstruct(body.matrix(slot.rank // side_in.fold, side_in.columns))
+        pairs.append((decoded_in, side_out.reconstruct(body.matrix(slot.rank // side_out.fold, side_out.columns)).T))
     return slots, pairs
 
 
+def is_core(k_in: int, k_out: int, rank: int) -> bool:
+    """Whether one dense core is smaller than a pair of coefficients."""
+    return bool(k_in and k_out) and rank > harmonic_size(k_in, k_out)
+
+
 def _is_core(basis: PlainBasis, rank: int) -> bool:
-    """Whether one dense core is smaller than a pair of coefficients; only the uncentred bases multiply out."""
+    # only uncentred bases of rows multiply out
     plain = basis.side_in.mean is None and basis.side_in.fold == 1
-    return plain and rank > harmonic_size(basis.side_in.k, basis.side_out.k)
+    return plain and is_core(basis.side_in.k, basis.side_out.k, rank)
 
 
 def _from_core(core: Float[Tensor, "k_out k_in"], basis: PlainBasis, rank: int) -> Pair:
@@ -205,14 +219,7 @@ def _from_core(core: Float[Tensor, "k_out k_in"], basis: PlainBasis, rank: int) 
     return right @ basis.side_in.rows, basis.side_out.rows.T @ left
 
 
-def squared_distance(update: ThinUpdate, A: Float[Tensor, "p d_in"], B: Float[Tensor, "d_out p"]) -> float:
-    """``||dW - B A||_F^2`` through Grams of the joined factors; float64 keeps errors down to 1e-7 of the update."""
-    left = torch.cat([update.U * update.S, -B], dim=1).double()
-    right = torch.cat([update.Vh, A], dim=0).double()
-    return max(float(((left.T @ left) * (right @ right.T)).sum()), 0.0)
-
-
-# --- bases --------------------------------------------------------------------------------------------------------------
+# --- bases ----------------------------------------------------------------------------------------------------------
 
 
 def decode_predictive_bases(payload: Tensor, modules: Sequence[ModuleEntry]) -> list[ModuleBasis]:

@@ -149,8 +149,10 @@ def open_family(
         family.base = base_model_id(base)
     for done, (name, source) in enumerate(named, start=1):
         try:
-            adapter = source if isinstance(source, LoraAdapter) else LoraAdapter.load(
-                source, name=name, allow_pickle=allow_pickle
+            adapter = (
+                source
+                if isinstance(source, LoraAdapter)
+                else LoraAdapter.load(source, name=name, allow_pickle=allow_pickle)
             )
             family.add(adapter, base)
         except AdapterBankError as error:

@@ -7,6 +7,7 @@ from typing import Any
 
 from adapterbank.bank.index import METHODS
 from adapterbank.errors import BankError
+from adapterbank.subspace.eigenlora import Mean
 
 DEFAULT_MAX_ERROR = 0.05
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([kMGT]?i?)[bB]?\s*")
@@ -33,7 +34,7 @@ class FitSettings:
     """Largest relative error of any adapter's update."""
     quantize: bool = True
     """Off: 32-bit floats."""
-    mean: str = "affine"
+    mean: Mean = "affine"
     """Of ``eigenlora`` and ``flat``: ``affine``, ``drop`` or ``none``."""
     balance: bool = False
     """Of ``eigenlora`` and ``flat``: balance A and B first, which makes the result independent of their gauge."""
@@ -66,6 +67,11 @@ class FitSettings:
         if not self.quantize:
             return "float32"
         return "int16" if self.method != "product" or (self.k is not None and not self._target) else "predictive"
+
+    @property
+    def plain_bits(self) -> int:
+        """Bits of a value in the plain codings."""
+        return 16 if self.quantize else 32
 
     @property
     def _target(self) -> bool:

@@ -1,7 +1,7 @@
 """A bank's directory: files named by their content, and ``bank.json`` as the one commit point (design.md, section 4).
 
-Files are written before the index that names them, and the index is replaced in one step. So a reader sees the old bank or
-the new one, whatever moment a writer dies at; what a dead writer left behind is swept by the next one.
+Files are written before the index that names them, and the index is replaced in one step. So a reader sees the old
+bank or the new one, whatever moment a writer dies at; what a dead writer left behind is swept by the next one.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Where the bytes go: one multiplier for all modules and adapters, and per module the number of shared directions it pays for."""
+"""Where the bytes go: one multiplier for all, and per module the number of shared directions that it pays for."""
 
 import math
 from collections.abc import Callable
@@ -137,7 +137,9 @@ class _Side:
         padded = [np.pad(s.explained, ((0, 0), (0, count - len(s.sizes))), mode="edge") for s in sides]
         self.explained = np.concatenate(padded).clip(0, 1)
         most = max(len(s.direction_weight) for s in sides)
-        self.direction_weight = np.stack([np.pad(s.direction_weight, (0, most - len(s.direction_weight))) for s in sides])
+        self.direction_weight = np.stack(
+            [np.pad(s.direction_weight, (0, most - len(s.direction_weight))) for s in sides]
+        )
 
     def at(self, choice: Int[np.ndarray, " m"]) -> _Parts:
         """The parts when each module shares ``sizes[choice]`` directions."""
@@ -255,7 +257,9 @@ class _Model:
                 cost[:, g] += shared[1] + slope * shared[0]
             # what the other side's basis costs does not change the choice, but it does change the total
             kept = choice[other]
-            passed = self._passed_on(self.sides[other].explained[rows, kept[self.module]], np.ones_like(self.weight), keep[:, 0])
+            passed = self._passed_on(
+                self.sides[other].explained[rows, kept[self.module]], np.ones_like(self.weight), keep[:, 0]
+            )
             shared = self.sides[other].shared(passed, self.sides[other].sizes[own, kept], slope)
             cost += (shared[1] + slope * shared[0])[:, None]
             cost[~side.allowed] = np.inf

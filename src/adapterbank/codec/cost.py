@@ -1,7 +1,8 @@
-"""What vectors cost at a slope: bits and error of Gaussian parts, and of pairs ``s u v^T`` whose two sides are coded apart.
+"""What vectors cost at a slope: bits and error of Gaussian parts, and of pairs ``s u v^T`` whose two sides are coded
+apart.
 
-Throughout, ``slope`` is the multiplier of the reverse water-filling: squared weighted error that one bit is worth. A part with
-weight ``w`` (an error of size ``e`` costs ``w e^2``) is coded with ``step^2 = slope / (SLOPE w)``.
+Throughout, ``slope`` is the multiplier of the reverse water-filling: squared weighted error that one bit is worth. A
+part with weight ``w`` (an error of size ``e`` costs ``w e^2``) is coded with ``step^2 = slope / (SLOPE w)``.
 """
 
 from dataclasses import dataclass
@@ -78,7 +79,8 @@ class PairCost:
 
 
 def pair_cost(weight: Float[np.ndarray, " p"], side_in: SideEnergy, side_out: SideEnergy, slope: float) -> PairCost:
-    """Cost of pairs whose error is ``weight * (1 - (1 - e_in) (1 - e_out))``: what ``s u v^T`` loses when both sides shrink.
+    """Cost of pairs whose error is ``weight * (1 - (1 - e_in) (1 - e_out))``: what ``s u v^T`` loses when both sides
+    shrink.
 
     Args:
         weight: Weighted squared singular values.

@@ -1,7 +1,7 @@
 """Blocks of real numbers and small integers to bytes and back, through one range coder.
 
-Every value carries a class (``tables.quantiser``) that says how wide it is against its step. Classes above the widest table
-send their low bits as they are; magnitudes beyond a table's outermost symbol follow it as an Elias-gamma number.
+Every value carries a class (``tables.quantiser``) that says how wide it is against its step. Classes above the widest
+table send their low bits as they are; magnitudes beyond a table's outermost symbol follow it as an Elias-gamma number.
 """
 
 import math
@@ -19,6 +19,8 @@ CLASS_LIMIT = CLASS_TOP + 16 * CLASSES_PER_OCTAVE
 """Widest class there is: a table plus 16 plain bits, beyond what float32 factors hold."""
 INTEGER_REACH = 24
 """Integers of metadata up to this magnitude have a symbol of their own."""
+LARGEST = 1 << 40
+"""What lies beyond an outermost symbol by more than this is cut off; a damaged payload that says more is refused."""
 
 # constriction's submodules are attributes, not importable modules
 Categorical, Uniform = constriction.stream.model.Categorical, constriction.stream.model.Uniform
@@ -47,7 +49,8 @@ def split_class(class_: int) -> tuple[int, int]:
 
 def _cells(table: Quantiser, magnitudes: np.ndarray) -> np.ndarray:
     """Index of the cell of each magnitude; only the first thresholds are irregular, but a search costs little."""
-    return np.searchsorted(table.thresholds, magnitudes, side="right").astype(np.int32)
+    cells: np.ndarray = np.searchsorted(table.thresholds, magnitudes, side="right").astype(np.int32)
+    return cells
 
 
 def _groups(classes: Int[np.ndarray, "p _"]) -> Iterator[tuple[int, np.ndarray]]:
@@ -65,7 +68,7 @@ class Writer:
         self._coder = constriction.stream.queue.RangeEncoder()
 
     def integer(self, value: int) -> None:
-        """Code a small signed integer; cheap near zero, any size allowed."""
+        """Code a small signed integer; cheap near zero, anything up to ``LARGEST`` allowed."""
         inner = max(-INTEGER_REACH, min(INTEGER_REACH, value))
         self._coder.encode(np.array([inner + INTEGER_REACH], dtype=np.int32), _integer_model)
         if abs(inner) == INTEGER_REACH:
@@ -76,7 +79,8 @@ class Writer:
 
         Args:
             steps: Values in units of their step.
-            classes: Class of each value, or ``(p, 1)`` of each row; ``CLASS_ZERO`` or below codes nothing, decodes to 0.
+            classes: Class of each value, or ``(p, 1)`` of each row; ``CLASS_ZERO`` or below codes nothing, decodes to
+            0.
         """
         decoded = np.zeros(steps.shape, dtype=np.float32)
         for class_, chosen in _groups(classes):
@@ -96,15 +100,16 @@ class Writer:
         levels = table.levels[cells]
         outer = np.flatnonzero(cells == table.top)
         for i in outer:  # rare by construction: beyond six standard deviations
-            beyond = max(0, round(float(magnitudes[i])) - table.top)
+            beyond = max(0, round(min(float(magnitudes[i]), LARGEST)) - table.top)
             self._gamma(beyond)
             levels[i] = table.top + beyond
-        return np.where(steps < 0, -levels, levels)
+        decoded: np.ndarray = np.where(steps < 0, -levels, levels)
+        return decoded
 
     def _fine(self, steps: np.ndarray, table_class: int, plain: int) -> np.ndarray:
         """Integers whose high part goes through the table and whose low bits go as they are."""
         table = quantiser(table_class)
-        whole = np.rint(steps.astype(np.float64)).astype(np.int64)
+        whole = np.rint(steps.astype(np.float64)).clip(-LARGEST, LARGEST).astype(np.int64)
         high = (whole + (1 << plain >> 1)) >> plain
         low = whole - (high << plain) + (1 << plain >> 1)
         inner = np.clip(high, -table.top, table.top)
@@ -121,14 +126,10 @@ class Writer:
             part = ((value + 1) >> shift) & ((1 << min(16, width - shift)) - 1)
             self._coder.encode(np.array([part], dtype=np.int32), Uniform(1 << min(16, width - shift)))
 
-    @property
-    def bytes(self) -> int:
-        """Bytes so far, for the cost of parts."""
-        return int(self._coder.num_words()) * 4
-
     def finish(self) -> np.ndarray:
         """All bytes, little endian words of 32 bits."""
-        return self._coder.get_compressed().astype("<u4").view(np.uint8)
+        words: np.ndarray = self._coder.get_compressed().astype("<u4")
+        return words.view(np.uint8)
 
 
 class Reader:
@@ -142,9 +143,14 @@ class Reader:
         if payload.nbytes % 4:
             raise BankError(f"a payload of {payload.nbytes} bytes is not made of 32-bit words")
         self._coder = constriction.stream.queue.RangeDecoder(payload.view("<u4").astype(np.uint32))
+        # the decoder reads on behind the end for ever; an integer costs at least 2 bits, so this many can't be there
+        self._integers_left = 4 * payload.nbytes + 32
 
     def integer(self) -> int:
         """One integer of ``Writer.integer``."""
+        self._integers_left -= 1
+        if self._integers_left < 0:
+            raise BankError("a payload is damaged: it ends early")
         inner = int(self._decode(_integer_model, 1)[0]) - INTEGER_REACH
         if abs(inner) < INTEGER_REACH:
             return inner
@@ -153,6 +159,8 @@ class Reader:
 
     def values(self, classes: Int[np.ndarray, "p _"], width: int) -> Float[np.ndarray, "p width"]:
         """The values of ``Writer.values``, in units of their steps; ``width`` is the length of a row."""
+        if classes.size and classes.max() > CLASS_LIMIT:
+            raise BankError(f"a payload is damaged: class {classes.max()} of values, the widest is {CLASS_LIMIT}")
         decoded = np.zeros((len(classes), width), dtype=np.float32)
         for class_, chosen in _groups(classes):
             shape = decoded[chosen].shape
@@ -178,6 +186,8 @@ class Reader:
 
     def _gamma(self) -> int:
         width = int(self._decode(Uniform(64), 1)[0])
+        if 1 << width > 2 * LARGEST:
+            raise BankError(f"a payload is damaged: a number of {width} bits")
         value = 1 << width
         for shift in range(0, width, 16):
             value |= int(self._decode(Uniform(1 << min(16, width - shift)), 1)[0]) << shift
@@ -185,6 +195,7 @@ class Reader:
 
     def _decode(self, model: Any, count: int) -> np.ndarray:
         try:
-            return self._coder.decode(model, count)
+            decoded: np.ndarray = self._coder.decode(model, count)
+            return decoded
         except (AssertionError, ValueError) as e:
             raise BankError(f"a payload is damaged: {e}") from e

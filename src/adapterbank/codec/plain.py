@@ -1,4 +1,4 @@
-"""Matrices as they are, in float32, or in 16-bit integers with one scale: for exact ranks and for the papers' methods."""
+"""Matrices as they are, in float32 or in 16-bit integers with one scale: for exact ranks and the papers' methods."""
 
 import numpy as np
 import torch
@@ -69,4 +69,6 @@ class PlainReader:
         if len(taken) < size:
             raise BankError(f"a payload is damaged: {size} bytes expected at {self._at}, {len(taken)} found")
         self._at += size
-        return taken.copy()  # a view of an odd offset can't be read as wider numbers
+        # a copy, as a view from an odd offset can't be read as wider numbers
+        copy: np.ndarray = taken.copy()
+        return copy

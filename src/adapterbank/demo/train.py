@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapterbank.demo.assets import MINILM, cache_dir
+from adapterbank.demo.assets import MINILM, AssetError, cache_dir
 from adapterbank.demo.data import Example, Task, load_task
 from adapterbank.demo.models import MINILM_ID, load_classifier, load_tokenizer
 
@@ -32,7 +32,7 @@ class TrainSettings:
     init_seed: int = 0
     """Draws the random ``A``: adapters that share it start in the same subspace."""
     seed: int = 0
-    """Draws the order of the examples and the dropout."""
+    """Draws the order of the examples and the base model's dropout."""
     r: int = 8
     alpha: int = 16
     # "output.dense" is also attention.output.dense, and pooler.dense matches none of these
@@ -43,6 +43,8 @@ class TrainSettings:
     epochs: int = 3
     batch: int = 16
     lr: float = 1e-3
+    head_lr: float = 1e-2
+    """Of the task head, which starts from nothing: at the LoRA's rate eight classes stay unlearned (.61, not .91)."""
 
     def key(self) -> str:
         """Hash of the settings and of the base model's file."""
@@ -60,14 +62,13 @@ def train_adapter(settings: TrainSettings, out: Path | None = None, *, progress:
         progress: Told about each step.
 
     Raises:
-        AssetError: If the base model or the data can't be had.
-        FileExistsError: If ``out`` holds something else.
+        AssetError: If the base model or the data can't be had, or ``out`` holds something else.
     """
     out = out or cache_dir() / "adapters" / f"{settings.task}-{settings.key()}"
     if out.exists():
         if (out / "meta.json").exists() and read_meta(out)["key"] == settings.key():
             return out
-        raise FileExistsError(f"{out} exists and isn't the adapter of {settings}")
+        raise AssetError(f"{out} exists and isn't the adapter of {settings}; remove it or name another folder")
     task = load_task(settings.task, train=settings.examples, test=settings.test_examples)
     tokenizer = load_tokenizer()
     start = time.process_time()
@@ -129,7 +130,9 @@ def fit(model: Any, tokenizer: Any, task: Task, settings: TrainSettings, *, prog
     per_epoch = -(-len(task.train) // settings.batch)
     steps = settings.epochs * per_epoch
     warmup = max(1, steps // 10)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=settings.lr, weight_decay=0.01)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    head, rest = ([p for name, p in trained if ("classifier" in name) == is_head] for is_head in (True, False))
+    optimizer = torch.optim.AdamW([{"params": rest, "lr": settings.lr}, {"params": head, "lr": settings.head_lr}])
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
     )
