@@ -1,1 +1,1 @@
-"""Measured results: each ``cases/NAME.toml`` becomes ``results/NAME.json``, and the tables and pictures come from those."""
+"""Measured results: ``cases/NAME.toml`` becomes ``results/NAME.json``, and tables and pictures come from that."""

@@ -8,10 +8,10 @@ from benchmarks.curves import Originals
 def gaussian_bound(originals: Originals, sizes: list[int]) -> list[float]:
     """Smallest RMS error at so many bytes, if entries of singular vectors are independent Gaussians.
 
-    A pair ``s u v^T`` is ``d_in`` values of variance ``s^2 / d_in`` and ``d_out`` of ``s^2 / d_out``. Coding the sides to
-    relative distortions ``D_in, D_out`` takes ``(d_in log2(1/D_in) + d_out log2(1/D_out)) / 2`` bits and leaves an error of
-    ``s^2 (1 - (1 - D_in)(1 - D_out))``; a pair that is dropped costs nothing and leaves ``s^2``. Bits go where they buy
-    most (reverse water-filling). A bank may be below: what adapters share is paid once.
+    A pair ``s u v^T`` is ``d_in`` values of variance ``s^2 / d_in`` and ``d_out`` of ``s^2 / d_out``. Coding its sides
+    to relative distortions ``D_in, D_out`` takes ``(d_in log2(1/D_in) + d_out log2(1/D_out)) / 2`` bits and leaves an
+    error of ``s^2 (1 - (1 - D_in)(1 - D_out))``; a pair that is dropped costs nothing and leaves ``s^2``. Bits go where
+    they buy most (reverse water-filling). A bank may be below: what adapters share is paid once.
     """
     energy, d_in, d_out = _pairs(originals)
     slopes = np.geomspace(1e-12, 10, 700) * energy.mean()

@@ -1,9 +1,10 @@
 """What is measured: one TOML file per case."""
 
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import tomllib
 
 CASES = Path(__file__).parent / "cases"
 

@@ -12,6 +12,8 @@ from adapterbank.subspace.updates import ThinUpdate, difference_norm, thin_svd
 
 Factors = tuple[Tensor, Tensor]
 """``A (p, d_in)`` and ``B (d_out, p)`` of an update ``B @ A``."""
+Restored = Mapping[str, Factors]
+"""All updates of one adapter, by module."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +45,11 @@ class Originals:
             spectra = [self.updates[adapter.name, module].S for module in adapter.modules]
             self.energies[adapter.name] = float(sum(S.double().square().sum() for S in spectra))
 
-    def error(self, restored: Callable[[LoraAdapter], Mapping[str, Factors]]) -> float:
+    def error(self, restored: Callable[[LoraAdapter], Restored]) -> float:
         """RMS error of the updates that ``restored`` gives for each adapter, by module."""
         return rms([self._lost(adapter, restored(adapter)) / self.energies[adapter.name] for adapter in self.adapters])
 
-    def _lost(self, adapter: LoraAdapter, modules: Mapping[str, Factors]) -> float:
+    def _lost(self, adapter: LoraAdapter, modules: Restored) -> float:
         return sum(difference_norm(self.updates[adapter.name, m], *modules[m]) ** 2 for m in adapter.modules)
 
 
@@ -56,11 +58,12 @@ def rms(squares: Sequence[float]) -> float:
     return (sum(squares) / len(squares)) ** 0.5
 
 
-def scaled(adapter: LoraAdapter, tensors: Mapping[str, Tensor], prefix: str = "base_model.model.") -> dict[str, Factors]:
+def scaled(adapter: LoraAdapter, tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
     """Factors out of a PEFT state dict, with the adapter's own scales folded in."""
     return {
-        m: (tensors[f"{prefix}{m}.lora_A.weight"].float(), adapter.scales[m] * tensors[f"{prefix}{m}.lora_B.weight"].float())
+        m: (tensors[f"{key}.lora_A.weight"].float(), adapter.scales[m] * tensors[f"{key}.lora_B.weight"].float())
         for m in adapter.modules
+        for key in [f"base_model.model.{m}"]
     }
 
 

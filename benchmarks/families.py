@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from tests.families import WEIGHTS, Family, make_family
 
 from adapterbank.demo.assets import cache_dir
 from adapterbank.demo.train import TrainSettings, train_adapter
-from tests.families import WEIGHTS, Family, make_family
 
 REAL_TASKS = (
     "autos-motorcycles", "pc-mac", "tweets", "reuters-r8", "graphics-windows", "atheism-christian", "baseball-hockey",
@@ -26,7 +26,7 @@ def written(fields: Mapping[str, Any], **changed: Any) -> Iterator[list[Path]]:
     """PEFT directories of a case's ``[family]``; synthetic ones are gone afterwards.
 
     Args:
-        fields: ``source`` is ``real`` (with ``name``), ``planted`` or ``same-init`` (with fields of ``tests.families.Family``).
+        fields: ``source`` is ``real`` (with ``name``), or ``planted`` or ``same-init`` with fields of ``Family``.
         **changed: Fields to use instead.
     """
     fields = {**fields, **changed}
@@ -57,7 +57,7 @@ def real(name: str) -> list[tuple[Path, TrainSettings]]:
 
 
 def _same_init(out: Path, drift: float, family: Family) -> list[Path]:
-    """Unrelated adapters, but every A is one random matrix plus ``drift``: what one seed for all trainings leaves behind."""
+    """Unrelated adapters, but every A is one random matrix plus ``drift``: what one seed for all leaves behind."""
     directories = make_family(out, replace(family, shared_rank=family.hidden))
     start: dict[str, torch.Tensor] = {}
     for i, directory in enumerate(directories):

@@ -1,13 +1,13 @@
 """Error of the update against bytes: a bank, everything it competes with, and the bound."""
 
-import time
 from dataclasses import asdict
 from typing import Any
 
+from adapterbank.adapters import LoraAdapter
 from adapterbank.bank import Bank
 from benchmarks.bound import gaussian_bound
 from benchmarks.cases import Case
-from benchmarks.curves import Originals, Point
+from benchmarks.curves import Originals, Point, Restored
 from benchmarks.families import written
 from benchmarks.rivals import RIVALS
 
@@ -22,9 +22,7 @@ def run(case: Case, seed: int) -> dict[str, Any]:
         bank = [_bank_point(originals, ratio, seed) for ratio in case.fields["ratios"]]
         rivals: dict[str, list[Point]] = {}
         for measure in RIVALS:
-            start = time.perf_counter()
             rivals |= measure(originals)
-            print(f"  {measure.__name__} {time.perf_counter() - start:.0f} s", flush=True)  # noqa: T201
         bound = gaussian_bound(originals, [point.bytes for point in bank])
     full = 4 * originals.values
     rows = [_row(*columns, rivals, full) for columns in zip(case.fields["ratios"], bank, bound, strict=True)]
@@ -37,16 +35,14 @@ def run(case: Case, seed: int) -> dict[str, Any]:
         "rows": rows,
         "targets": _targets(case.fields.get("targets", {}), rows),
         "never_worse": all(row["not_worse"] for row in rows),
-        "rivals": {
-            name: [{**asdict(point), "ratio": full / point.bytes} for point in points] for name, points in rivals.items()
-        },
+        "rivals": {name: [{**asdict(p), "ratio": full / p.bytes} for p in points] for name, points in rivals.items()},
     }
 
 
 def _bank_point(originals: Originals, ratio: float, seed: int) -> Point:
     bank = Bank.fit(originals.directories, ratio=ratio, seed=seed)
 
-    def restored(adapter):  # noqa: ANN001, ANN202
+    def restored(adapter: LoraAdapter) -> Restored:
         back = bank.reconstruct(adapter.name)
         return {m: (f.A, f.scale * f.B) for m in adapter.modules for f in [back.factors(m)]}
 
@@ -75,5 +71,6 @@ def _row(asked: float, bank: Point, bound: float, rivals: dict[str, list[Point]]
 def _targets(targets: dict[str, float], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     reached = {f"{row['asked']:g}": row["error"] for row in rows}
     return [
-        {"ratio": float(r), "at_most": limit, "error": reached[r], "met": reached[r] <= limit} for r, limit in targets.items()
+        {"ratio": float(ratio), "at_most": limit, "error": reached[ratio], "met": reached[ratio] <= limit}
+        for ratio, limit in targets.items()
     ]

@@ -5,14 +5,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from adapterbank.adapters import LoraAdapter
 from adapterbank.bank import Bank
 from adapterbank.errors import BankError
 from adapterbank.subspace.baselines import GROUP, quantized
 from adapterbank.subspace.updates import balanced
-from benchmarks.curves import Originals, Point, prefix_losses, rms, scaled
+from benchmarks.curves import Originals, Point, Restored, prefix_losses, rms, scaled
 
 COMPONENTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
@@ -25,7 +27,7 @@ def rounding(originals: Originals) -> dict[str, list[Point]]:
             quantized(f.A, f.B, f.scale, bits=bits).bytes for a in originals.adapters for f in map(a.factors, a.modules)
         )
 
-        def decoded(adapter, bits=bits):  # noqa: ANN001, ANN202
+        def decoded(adapter: LoraAdapter, bits: int = bits) -> Restored:
             coded = {m: quantized(f.A, f.B, f.scale, bits=bits) for m in adapter.modules for f in [adapter.factors(m)]}
             return {m: (c.A, c.B) for m, c in coded.items()}
 
@@ -82,7 +84,7 @@ def _bank_point(setting: str, bank: Bank) -> Point:
 
 
 def lorashare(originals: Originals) -> dict[str, list[Point]]:
-    """``lorashare`` at many k. One eigendecomposition serves them all: fewer components are the leading ones of more."""
+    """``lorashare`` at many k, from one eigendecomposition: fewer components are the leading ones of more."""
     from lorashare import SHAREModel
     from lorashare.compression import reconstruct_adapter_weights
     from lorashare.io import save_share_checkpoint
@@ -100,7 +102,7 @@ def lorashare(originals: Originals) -> dict[str, list[Point]]:
             save_share_checkpoint(out, model.config, components, loadings, model.adapter_configs)
             size = disk_bytes(out)
 
-        def decoded(adapter, components=components, loadings=loadings):  # noqa: ANN001, ANN202
+        def decoded(adapter: LoraAdapter, components: Any = components, loadings: Any = loadings) -> Restored:
             return scaled(adapter, reconstruct_adapter_weights(components, loadings[adapter.name]))
 
         points.append(Point(setting=f"k={k}", bytes=size, error=originals.error(decoded)))
@@ -121,7 +123,7 @@ def vlora(originals: Originals) -> dict[str, list[Point]]:
                 save(out)
                 read, size = SharedSubspace.load(out), disk_bytes(out)
 
-            def decoded(adapter, read=read):  # noqa: ANN001, ANN202
+            def decoded(adapter: LoraAdapter, read: Any = read) -> Restored:
                 weights = read.reconstruct(adapter.name)
                 return {m: (weights.lora_a[m], adapter.scales[m] * weights.lora_b[m]) for m in adapter.modules}
 

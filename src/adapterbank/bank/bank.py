@@ -159,10 +159,12 @@ class Bank:
     def _save(self, directory: Path) -> None:
         names = [(store.basis_file(self._index.basis), self._index.basis)]
         names += [(store.member_file(m.sha256), m.sha256) for m in self._index.members.values()]
-        for name, _ in names:
-            held = self._find(name)
-            if held.parent != directory:
-                store.write_file(directory, name, held.read_bytes())
+        for name, digest in names:
+            held = self._find(name).parent
+            if held.absolute() != directory.absolute():
+                store.write_file(directory, name, store.read_bytes(held, name, digest), digest)
+            elif not (held / name).exists():
+                raise store.gone(held / name)
         store.commit(directory, self._index)
         self._directory = directory
 
@@ -346,7 +348,9 @@ class Bank:
         members = dict(self._index.members)
         for i, name in enumerate(family.names()):
             coded = code(i)
-            store.write_file(Path(self._staging.name), store.member_file(coded.entry.sha256), coded.data)
+            store.write_file(
+                Path(self._staging.name), store.member_file(coded.entry.sha256), coded.data, coded.entry.sha256
+            )
             members[name] = coded.entry
             if progress:
                 progress("coding adapters", i + 1, len(family.adapters))
@@ -408,7 +412,9 @@ class Bank:
         for name in given:
             _ = self[name]
         old: dict[str, Source] = {name: given.get(name) or self.reconstruct(name) for name in self.names}
-        family = open_family(old, base=self._index.base, allow_pickle=allow_pickle)
+        family = Family(base=self._index.base)
+        if old:
+            family = open_family(old, base=self._index.base, allow_pickle=allow_pickle)
         loose = {name: self[name] for name in self.names if name not in given}
         family = open_family(
             _several(adapters), base=base, skip_bad=skip_bad, allow_pickle=allow_pickle, into=family, progress=progress
@@ -449,7 +455,10 @@ class Bank:
     # --- inside -----------------------------------------------------------------------------------------------------
 
     def _settings(self) -> FitSettings:
-        return FitSettings(**dict(self._index.parameters))
+        try:
+            return FitSettings(**dict(self._index.parameters))
+        except TypeError as error:
+            raise BankError(f"the bank is damaged: its parameters are none of a fit: {error}") from error
 
     def _become(self, fitted: "Bank", coded_before: Mapping[str, MemberEntry]) -> None:
         fitted._bound(coded_before)
@@ -474,15 +483,9 @@ class Bank:
 
     def _beside(self, adapters: Sources | Source, **options: Any) -> Family:
         """Open new adapters and compare them with what the bank knows."""
-        family = Family(base=self._index.base, modules={m.name: m for m in self._index.modules})
-        opened = open_family(_several(adapters), into=family, **options)
-        taken = {n.casefold(): n for n in self.names}
-        for name in opened.names():
-            if name.casefold() in taken:
-                raise BankError(
-                    f"the bank has a member {taken[name.casefold()]!r} already; remove it first or give NAME=PATH"
-                )
-        return opened
+        modules = {m.name: m for m in self._index.modules}
+        family = Family(base=self._index.base, modules=modules, taken=frozenset(self.names))
+        return open_family(_several(adapters), into=family, **options)
 
     def _coder(self, family: Family, configs: MemberConfigs) -> MemberCoder:
         bases: Any = self._decoded_bases()
@@ -504,10 +507,11 @@ class Bank:
 
     def _decode(self, payload: Tensor, name: str) -> tuple[list[Slot], list[Pair]]:
         bases: Any = self._decoded_bases()
+        values = self[name].values
         try:
             if self._index.coding == "predictive":
-                return decode_predictive(payload, bases)
-            return decode_plain(payload, bases, self._settings().plain_bits)
+                return decode_predictive(payload, bases, self._index.modules, values)
+            return decode_plain(payload, bases, self._index.modules, values, self._settings().plain_bits)
         except BankError as error:
             raise BankError(f"member {name!r}: {error}") from error
 
@@ -534,6 +538,8 @@ def _factors(pair: Pair, slot: Slot, scales: tuple[float, ...], member: str) -> 
     A, B = pair
     if len(A) > slot.rank or slot.scale >= len(scales):
         raise BankError(f"member {member!r} is damaged: {len(A)} pairs at rank {slot.rank}, scale {slot.scale}")
+    if not (A.isfinite().all() and B.isfinite().all()):
+        raise BankError(f"member {member!r} is damaged: it holds values that are not finite")
     scale = scales[slot.scale]
     # pairs that were not worth their bytes come back as zeros, so that shapes and keys stay
     missing = slot.rank - len(A)

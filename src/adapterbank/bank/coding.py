@@ -88,8 +88,9 @@ def unpack(payload: Tensor) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         BankError: If the payload is too short for its table.
     """
-    data = payload.numpy()
-    length = int(data[:4].copy().view("<u4")[0]) if payload.dtype == torch.uint8 and data.size >= 4 else -1
+    data = payload.numpy() if payload.dtype == torch.uint8 else np.zeros(0, dtype=np.uint8)
+    whole = payload.dtype == torch.uint8 and payload.ndim == 1 and data.size >= 4
+    length = int(data[:4].copy().view("<u4")[0]) if whole else -1
     if not 0 <= length <= data.size - 4:
         raise BankError(f"a payload of {data.size} bytes is damaged: its table would take {length}")
     return data[4 : 4 + length].copy(), data[4 + length :]
@@ -108,20 +109,28 @@ def write_slots(writer: Writer, slots: Sequence[Slot]) -> None:
         last = Slot(rank=slot.rank, scale=slot.scale if slot.rank else last.scale)
 
 
-def read_slots(reader: Reader, count: int) -> list[Slot]:
+def read_slots(reader: Reader, modules: Sequence[ModuleEntry], values: int) -> list[Slot]:
     """Read a member's table.
+
+    Args:
+        reader: Where it is.
+        modules: The bank's modules.
+        values: Values of all A and B according to the index; a table that says otherwise would allocate otherwise.
 
     Raises:
         BankError: If a rank or scale is impossible.
     """
     slots, rank, scale = [], 0, 0
-    for _ in range(count):
+    for _ in modules:
         rank += reader.integer()
         if rank:
             scale += reader.integer()
         if not 0 <= rank <= LARGEST_RANK or scale < 0:
             raise BankError(f"a payload is damaged: rank {rank}, scale {scale}")
         slots.append(Slot(rank=rank, scale=scale))
+    found = sum(slot.rank * (m.d_in + m.d_out) for slot, m in zip(slots, modules, strict=True))
+    if found != values:
+        raise BankError(f"a payload is damaged: its table is one of {found} values, the index says {values}")
     return slots
 
 
@@ -149,13 +158,14 @@ def encode_predictive(
     return pack(writer.finish(), np.zeros(0, dtype=np.uint8)), error
 
 
-def decode_predictive(payload: Tensor, bases: Sequence[ModuleBasis]) -> tuple[list[Slot], list[Pair]]:
+def decode_predictive(
+    payload: Tensor, bases: Sequence[ModuleBasis], modules: Sequence[ModuleEntry], values: int
+) -> tuple[list[Slot], list[Pair]]:
     """Table and factors of a member; factors only of the modules that it has."""
-    table, _ = unpack(payload)
-    reader = Reader(table)
-    slots = read_slots(reader, len(bases))
-    modules = ModuleReader(reader)
-    return slots, [modules.decode(basis) for slot, basis in zip(slots, bases, strict=True) if slot.rank]
+    reader = Reader(unpack(payload)[0])
+    slots = read_slots(reader, modules, values)
+    body = ModuleReader(reader)
+    return slots, [body.decode(basis, slot.rank) for slot, basis in zip(slots, bases, strict=True) if slot.rank]
 
 
 def encode_plain(
@@ -183,10 +193,12 @@ def encode_plain(
     return pack(writer.finish(), body.finish()), error
 
 
-def decode_plain(payload: Tensor, bases: Sequence[PlainBasis], bits: int) -> tuple[list[Slot], list[Pair]]:
+def decode_plain(
+    payload: Tensor, bases: Sequence[PlainBasis], modules: Sequence[ModuleEntry], values: int, bits: int
+) -> tuple[list[Slot], list[Pair]]:
     """Table and factors of a member; factors only of the modules that it has."""
     table, data = unpack(payload)
-    slots, body = read_slots(Reader(table), len(bases)), PlainReader(data, bits)
+    slots, body = read_slots(Reader(table), modules, values), PlainReader(data, bits)
     pairs: list[Pair] = []
     for slot, basis in zip(slots, bases, strict=True):
         if slot.rank == 0:

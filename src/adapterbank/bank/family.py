@@ -1,10 +1,10 @@
 """The adapters of one fit: opened, compared, measured, and read one module at a time as often as the fit needs them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from adapterbank.adapters import LoraAdapter, base_model_id
+from adapterbank.adapters import LoraAdapter, base_model_id, check_name
 from adapterbank.bank.index import ModuleEntry
 from adapterbank.errors import AdapterBankError, AdapterError, BankError
 from adapterbank.subspace.updates import ThinUpdate, thin_svd, update_norm
@@ -34,6 +34,8 @@ class Family:
     energies: list[float] = field(default_factory=list)
     """Squared norm of each adapter's update over all its modules."""
     refused: list[Refused] = field(default_factory=list)
+    taken: frozenset[str] = frozenset()
+    """Names of members of the bank that the adapters are to join."""
     _cache: dict[tuple[int, str], ThinUpdate] = field(default_factory=dict)
     _cached_bytes: int = 0
 
@@ -95,6 +97,9 @@ class Family:
                     + (f" (and {other.name!r})" if other.name != adapter.name else "")
                     + "; give one another name as NAME=PATH"
                 )
+        held = [name for name in self.taken if name.casefold() == adapter.name.casefold()]
+        if held:
+            raise AdapterError(f"the bank has a member {held[0]!r} already; remove it first or give NAME=PATH")
 
     def _check_base(self, adapter: LoraAdapter) -> None:
         if self.base is None or adapter.base is None or adapter.base == self.base:
@@ -149,12 +154,7 @@ def open_family(
         family.base = base_model_id(base)
     for done, (name, source) in enumerate(named, start=1):
         try:
-            adapter = (
-                source
-                if isinstance(source, LoraAdapter)
-                else LoraAdapter.load(source, name=name, allow_pickle=allow_pickle)
-            )
-            family.add(adapter, base)
+            family.add(open_source(name, source, allow_pickle=allow_pickle), base)
         except AdapterBankError as error:
             if not skip_bad:
                 raise
@@ -165,6 +165,13 @@ def open_family(
         reasons = "; ".join(r.reason for r in family.refused[:3])
         raise BankError(f"there is no adapter to fit{': ' + reasons if reasons else '; give at least one'}")
     return family
+
+
+def open_source(name: str | None, source: Source, *, allow_pickle: bool) -> LoraAdapter:
+    """Open one adapter under ``name``, or its own."""
+    if not isinstance(source, LoraAdapter):
+        return LoraAdapter.load(source, name=name, allow_pickle=allow_pickle)
+    return source if name is None else replace(source, name=check_name(name))
 
 
 def named_sources(sources: Mapping[str, Source] | Iterable[Source]) -> Sequence[tuple[str | None, Source]]:

@@ -1,5 +1,6 @@
 """From a family of adapters to the files of a bank, at the bytes or the error asked for."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,8 @@ class _PredictiveFit:
                 f"{room} bytes can't hold this bank: its index alone takes about {fixed}; ask for more bytes, or fewer "
                 "adapters"
             )
-        aim, sizes, index = float(room - fixed), None, None
+        aim, sizes, best = float(room - fixed), None, None
+        low, high = 0.0, math.inf  # aims that turned out within the room, and beyond it
         sampled = len(self.family.adapters) > 2 * SIZE_ADAPTERS
         for attempt in range(BYTES_TRIES):
             allocation = self.allocation(bits=8 * aim, sizes=sizes)
@@ -116,13 +118,18 @@ class _PredictiveFit:
             else:
                 index = self.write(allocation, None)
                 size = bank_bytes(index)
-                if (1 - BYTES_TOLERANCE) * room < size <= room:
-                    return index
+                low, high = (max(low, aim), high) if size <= room else (low, min(high, aim))
+                if size <= room and (best is None or size > bank_bytes(best)):
+                    best = index
+                if best is not None and bank_bytes(best) > (1 - BYTES_TOLERANCE) * room:
+                    return best
             # a hair below the aim, so that the next try ends on the right side
             aim *= min(max((room - fixed) / max(size - fixed, 1), 0.2), 5.0) * 0.998
-        if index is None or bank_bytes(index) > room:
+            if not low < aim < high:
+                aim = (low + min(high, 2 * low)) / 2
+        if best is None:
             raise BankError(f"no bank of at most {room} bytes was found; ask for a lower ratio or a larger budget")
-        return index
+        return best
 
     def write(self, allocation: Allocation, max_error: float | None) -> BankIndex:
         """Code bases and members at an allocation, or members at the promised error."""
@@ -149,5 +156,5 @@ class _PredictiveFit:
         basis = self._basis(allocation)
         coder = self._coder(basis, allocation.slope, None)
         n = len(self.family.adapters)
-        sample = even_sample(n, SIZE_ADAPTERS)
+        sample = even_sample(self.family.names(), SIZE_ADAPTERS)
         return int(basis.numel()) + sum(coder.code(i).entry.bytes for i in sample) * n // len(sample)

@@ -1,9 +1,10 @@
 """``bank.json``: what a bank is made of, without any tensor."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from adapterbank.adapters import check_name
@@ -13,6 +14,8 @@ FORMAT = 1
 METHODS = ("product", "eigenlora", "flat")
 CODINGS = ("predictive", "int16", "float32")
 SHA256 = re.compile(r"[0-9a-f]{64}")
+WIDEST = 1 << 24
+"""Features of a layer; twenty times the largest vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +90,9 @@ class BankIndex:
         """
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BankError(f"{where} is no JSON: {error}; the bank is damaged, restore it from a copy") from error
-        if not isinstance(data, dict) or not isinstance(data.get("format"), int):
+        if not isinstance(data, dict) or type(data.get("format")) is not int or data["format"] < 1:
             raise BankError(f"{where} is no bank index: it has no format number")
         if data["format"] > FORMAT:
             raise BankError(
@@ -97,29 +100,75 @@ class BankIndex:
             )
         try:
             return cls._checked(data)
-        except (KeyError, TypeError, ValueError, AttributeError, AdapterError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, AdapterError) as error:
             raise BankError(f"{where} is damaged: {type(error).__name__}: {error}; restore it from a copy") from error
 
     @classmethod
     def _checked(cls, data: dict[str, Any]) -> "BankIndex":
-        modules = tuple(ModuleEntry(name=str(n), d_in=_size(i), d_out=_size(o)) for n, i, o in data["modules"])
-        members = {
-            check_name(name): MemberEntry(**{**entry, "scales": tuple(float(s) for s in entry["scales"])})
-            for name, entry in data["members"].items()
-        }
-        index = cls(**{f.name: data[f.name] for f in fields(cls)} | {"modules": modules, "members": members})
-        if index.method not in METHODS or index.coding not in CODINGS:
-            raise ValueError(f"method {index.method!r} or coding {index.coding!r} is unknown")
-        for digest in (index.basis, *(m.sha256 for m in members.values())):
-            if not SHA256.fullmatch(digest):  # it becomes a file name
-                raise ValueError(f"{digest!r} is no sha256")
-        return replace(index, configs=tuple(dict(c) for c in index.configs))
+        for key, values in (("method", METHODS), ("coding", CODINGS)):
+            if data[key] not in values:
+                raise ValueError(f"{key} {data[key]!r} is unknown")
+        modules = tuple(
+            ModuleEntry(name=_text(n), d_in=_natural(i, 1, WIDEST), d_out=_natural(o, 1, WIDEST))
+            for n, i, o in data["modules"]
+        )
+        configs = tuple(dict(c) for c in data["configs"])
+        members = {check_name(name): _member(entry, len(configs)) for name, entry in data["members"].items()}
+        for names in ([m.name for m in modules], [name.casefold() for name in members]):
+            if len(set(names)) < len(names):
+                raise ValueError("a name appears twice")
+        return cls(
+            method=data["method"],
+            coding=data["coding"],
+            parameters=dict(data["parameters"]),
+            slope=_number(data["slope"]),
+            base=None if data["base"] is None else _text(data["base"]),
+            basis=_digest(data["basis"]),
+            basis_bytes=_natural(data["basis_bytes"]),
+            modules=modules,
+            configs=configs,
+            members=members,
+        )
 
 
-def _size(value: Any) -> int:
-    if not isinstance(value, int) or not 0 < value < 2**31:
-        raise ValueError(f"{value!r} is no size")
+def _member(entry: Mapping[str, Any], configs: int) -> MemberEntry:
+    if unknown := entry.keys() - {f.name for f in fields(MemberEntry)}:
+        raise ValueError(f"a member has an unknown field {min(unknown)!r}")
+    return MemberEntry(
+        sha256=_digest(entry["sha256"]),
+        source=_text(entry["source"]),
+        **{key: _natural(entry[key]) for key in ("source_bytes", "values", "bytes", "r")},
+        alpha=_number(entry["alpha"]),
+        error=_number(entry["error"]),
+        scales=tuple(_number(s) for s in entry["scales"]),
+        config=_natural(entry["config"], 0, configs - 1),
+        bound=bool(entry.get("bound", False)),
+    )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no text")
     return value
+
+
+def _digest(value: Any) -> str:
+    if not SHA256.fullmatch(_text(value)):  # it becomes a file name
+        raise ValueError(f"{value!r} is no sha256")
+    return str(value)
+
+
+def _natural(value: Any, least: int = 0, most: int = 2**60) -> int:
+    # bool is an int to Python
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{value!r} is no whole number in [{least}, {most}]")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no finite number")
+    return float(value)
 
 
 def _sparse(entry: MemberEntry) -> dict[str, Any]:

@@ -73,6 +73,9 @@ class PartialFit:
         if both:
             raise BankError(f"adapter {min(both)!r} is in both sketches; it would count twice")
         for name, theirs in other._moments.items():
+            if name in self._moments:  # before anything changes
+                self.module(ModuleEntry(name=name, d_in=theirs[0].d, d_out=theirs[1].d))
+        for name, theirs in other._moments.items():
             if name not in self._moments:
                 self._moments[name] = (SecondMoment(theirs[0].d), SecondMoment(theirs[1].d))
             for mine, added in zip(self._moments[name], theirs, strict=True):
@@ -109,12 +112,12 @@ class PartialFit:
         try:
             names = tensors.pop("adapters").numpy().tobytes().decode()
             for full, value in tensors.items():
-                module, side, key = full.split("|")
+                module, side, key = full.rsplit("|", 2)
                 states.setdefault((module, side), {})[key] = value
             for module in {m for m, _ in states}:
                 pair = [SecondMoment.from_state(states[module, side]) for side in ("in", "out")]
                 made._moments[module] = (pair[0], pair[1])
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, TypeError) as error:
             raise BankError(f"{path} is no sketch: {error}") from error
         made.adapters = names.split("\n") if names.strip() else []
         return made

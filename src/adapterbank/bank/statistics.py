@@ -1,5 +1,6 @@
 """What the allocation needs to know of a family: directions per module, and how well they explain its updates."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,9 +32,10 @@ class Directions:
     weight_out: Float[np.ndarray, " k"]
 
 
-def even_sample(n: int, most: int) -> list[int]:
-    """Up to ``most`` of ``n`` indices, evenly spaced."""
-    return sorted({int(x) for x in np.linspace(0, n - 1, min(n, most))})
+def even_sample(names: Sequence[str], most: int) -> list[int]:
+    """Up to ``most`` indices into ``names``, evenly spaced over their sorted order: the order given must not matter."""
+    order = sorted(range(len(names)), key=names.__getitem__)
+    return [order[x] for x in sorted({int(x) for x in np.linspace(0, len(names) - 1, min(len(names), most))})]
 
 
 def check_k(family: Family, module: ModuleEntry, k: int) -> None:
@@ -92,7 +94,7 @@ def measure(
     family: Family, directions: list[Directions], progress: Progress | None
 ) -> tuple[list[ModuleStatistics], int]:
     """Statistics of every module over an even sample of the adapters, and the size of the sample."""
-    sample = even_sample(len(family.adapters), STATISTICS_ADAPTERS)
+    sample = even_sample(family.names(), STATISTICS_ADAPTERS)
     chosen = [i for i in sample if family.weight(i) > 0]
     statistics = []
     for done, found in enumerate(directions, start=1):

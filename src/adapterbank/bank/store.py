@@ -64,24 +64,36 @@ def read_file(directory: Path, name: str, sha256: str) -> dict[str, Tensor]:
         MissingFileError: If it is gone.
         BankError: If it isn't what the index says.
     """
+    data = read_bytes(directory, name, sha256)
+    try:
+        return safetensors.torch.load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise BankError(f"{directory / name} is no safetensors file: {error}") from error
+
+
+def read_bytes(directory: Path, name: str, sha256: str) -> bytes:
+    """The bytes of a file of the bank, whose hash was checked; errors as of :func:`read_file`."""
     path = directory / name
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
-        raise MissingFileError(
-            f"{path} is gone: another process has changed the bank since it was opened, load it again"
-        ) from error
+        raise gone(path) from error
+    except OSError as error:
+        raise BankError(f"{path} can't be read: {error.strerror or error}") from error
     if hashlib.sha256(data).hexdigest() != sha256:
         raise BankError(f"{path} is damaged: its sha256 is not the one in {INDEX}; restore it from a copy")
-    try:
-        return safetensors.torch.load(data)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise BankError(f"{path} is no safetensors file: {error}") from error
+    return data
 
 
-def write_file(directory: Path, name: str, data: bytes) -> None:
-    """Write a file that the index does not name yet; one that is there already has the same content."""
-    if not (directory / name).exists():
+def gone(path: Path) -> MissingFileError:
+    """The error about a file that the index names and that isn't there."""
+    return MissingFileError(f"{path} is gone: another process has changed the bank since it was opened, load it again")
+
+
+def write_file(directory: Path, name: str, data: bytes, sha256: str) -> None:
+    """Write a file that the index does not name yet; one that is there and whole is left alone."""
+    path = directory / name
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         _replace(directory, name, data)
 
 

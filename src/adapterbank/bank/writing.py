@@ -26,11 +26,11 @@ def write_bank(
     """Code every adapter, write basis and members, and return the index that names them."""
     family = coder.family
     data, digest = store.serialise({"payload": basis})
-    store.write_file(directory, store.basis_file(digest), data)
+    store.write_file(directory, store.basis_file(digest), data, digest)
     members = {}
     for i, adapter in enumerate(family.adapters):
         coded = coder.code(i)
-        store.write_file(directory, store.member_file(coded.entry.sha256), coded.data)
+        store.write_file(directory, store.member_file(coded.entry.sha256), coded.data, coded.entry.sha256)
         members[adapter.name] = coded.entry
         if progress:
             progress("coding adapters", i + 1, len(family.adapters))
@@ -50,7 +50,9 @@ def write_bank(
 
 def bank_bytes(index: BankIndex) -> int:
     """Bytes of a bank on disk: index, basis and members, task heads apart."""
-    return len(index.to_json().encode()) + index.basis_bytes + sum(m.bytes for m in index.members.values())
+    # members of equal content share one file
+    files = {member.sha256: member.bytes for member in index.members.values()}
+    return len(index.to_json().encode()) + index.basis_bytes + sum(files.values())
 
 
 def fixed_bytes(family: Family, settings: FitSettings) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from adapterbank.codec.cost import PAIR_OVERHEAD, basis_cost, gaussian_cost
+from adapterbank.codec.cost import PAIR_OVERHEAD, PairCost, SideEnergy, basis_cost, gaussian_cost, pair_cost
 
 SHARING_MARGIN = 0.002
 """Share of its cost a module must save before it gets a basis: less than that is the model's own error."""
@@ -111,20 +111,6 @@ def _bisect(above: Callable[[float], bool], low: float, high: float, rounds: int
     return low, high, (low + high) / 2
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Parts:
-    """Vectors of all modules as Gaussian parts: bands of shared directions, then (last) the remainder."""
-
-    energy: Float[np.ndarray, "p g"]
-    size: Float[np.ndarray, "p g"]
-
-    def cost(self, weight: np.ndarray, slope: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Bits and squared error of each vector, and the share of its remainder that is lost."""
-        rate, lost = gaussian_cost(self.energy / self.size, weight[:, None], slope)
-        error = np.minimum(np.einsum("pg,pg->p", lost, self.energy), 1.0)
-        return np.einsum("pg,pg->p", rate, self.size), error, lost[:, -1]
-
-
 class _Side:
     """One side of all modules in arrays padded to the most candidate sizes (``g``) and directions (``k``)."""
 
@@ -141,7 +127,7 @@ class _Side:
             [np.pad(s.direction_weight, (0, most - len(s.direction_weight))) for s in sides]
         )
 
-    def at(self, choice: Int[np.ndarray, " m"]) -> _Parts:
+    def at(self, choice: Int[np.ndarray, " m"]) -> SideEnergy:
         """The parts when each module shares ``sizes[choice]`` directions."""
         sizes, chosen = self.sizes[self.module], choice[self.module]
         bands = np.diff(self.explained, axis=1).clip(min=0)
@@ -151,7 +137,7 @@ class _Side:
         left = self.width[self.module] - sizes[rows, chosen]
         energy = np.concatenate([np.where(used, bands, 0.0), rest[:, None]], axis=1)
         size = np.concatenate([np.where(used, np.diff(sizes, axis=1), 0.0), left[:, None]], axis=1)
-        return _Parts(energy=energy, size=np.maximum(size, 1e-9))
+        return SideEnergy(energy=energy, size=np.maximum(size, 1e-9))
 
     def at_every_size(self, weight: np.ndarray, slope: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Bits, squared error and lost share of the remainder ``(p, g)`` of each vector for every candidate size."""
@@ -191,93 +177,79 @@ class _Model:
 
     def evaluate(self, slope: float, choice: Int[np.ndarray, "2 m"]) -> Allocation:
         """What a slope buys for a choice of basis sizes."""
-        parts = [side.at(chosen) for side, chosen in zip(self.sides, choice, strict=True)]
-        errors = [np.zeros_like(self.weight), np.zeros_like(self.weight)]
-        rates, losts = list(errors), list(errors)
-        # each side's errors count only as far as the other side survives; three rounds settle it
-        for _ in range(3):
-            for s in (0, 1):
-                rates[s], errors[s], losts[s] = parts[s].cost(self.weight * (1 - errors[1 - s]), slope)
-        bits = rates[0] + rates[1] + PAIR_OVERHEAD
-        error = self.weight * (1 - (1 - errors[0]) * (1 - errors[1]))
-        keep = error + slope * bits < self.weight
-        total_bits = self.scale * float(bits[keep].sum())
-        total_error = self.scale * float(np.where(keep, error, self.weight).sum())
-        passed, sizes = [], []
-        for side, part, lost, chosen in zip(self.sides, parts, losts, choice, strict=True):
-            sizes.append(side.sizes[np.arange(len(chosen)), chosen])
-            passed.append(self._passed_on(1 - part.energy[:, -1], lost, keep))
-            shared = side.shared(passed[-1], sizes[-1], slope)
-            total_bits += float(shared[0].sum())
-            total_error += float(shared[1].sum())
+        bits, error, passed = self._module_costs(slope, choice)
+        rows = np.arange(choice.shape[1])
+        sizes = [side.sizes[rows, chosen] for side, chosen in zip(self.sides, choice, strict=True)]
         return Allocation(
             slope=slope,
             sizes=tuple((int(a), int(b)) for a, b in zip(*sizes, strict=True)),
             passed_on=tuple((float(a), float(b)) for a, b in zip(*passed, strict=True)),
-            bits=total_bits,
-            error=math.sqrt(max(total_error, 0.0) / max(self.adapters, 1)),
+            bits=float(bits.sum()),
+            error=math.sqrt(max(float(error.sum()), 0.0) / max(self.adapters, 1)),
         )
 
     def choose(self, slope: float) -> Int[np.ndarray, "2 m"]:
         """The choice that costs each module least at a slope."""
+        largest = np.stack([side.allowed.sum(axis=1) - 1 for side in self.sides])
+        private = np.zeros_like(largest)
         # sharing on one side may pay only once the other side shares: start from both ends
-        full_choice = np.stack([side.allowed.sum(axis=1) - 1 for side in self.sides])
-        ends = (np.zeros_like(full_choice), full_choice)
-        (none, none_cost), (full, full_cost) = (self._descend(end, slope) for end in ends)
-        choice = np.where(full_cost < none_cost, full, none)
-        private = self._descend(ends[0], slope, rounds=0)[1]
-        worth = np.minimum(full_cost, none_cost) < (1 - SHARING_MARGIN) * private
-        return np.where(worth, choice, 0)
+        found = [private, self._descend(private, slope), self._descend(largest, slope)]
+        totals = []
+        for choice in found:
+            bits, error, _ = self._module_costs(slope, choice)
+            totals.append(error + slope * bits)
+        totals[0] *= 1 - SHARING_MARGIN
+        best = np.argmin(totals, axis=0)
+        chosen: np.ndarray = np.choose(best[None, :], found)
+        return chosen
 
-    def _descend(
-        self, choice: Int[np.ndarray, "2 m"], slope: float, rounds: int = 3
-    ) -> tuple[Int[np.ndarray, "2 m"], Float[np.ndarray, " m"]]:
-        """Improve one side at a time; returns the choice and its cost of each module."""
-        choice = choice.copy()
-        count = len(self.sides[0].sizes)
-        rows, own = np.arange(len(self.weight)), np.arange(count)
-        errors = [np.zeros_like(self.weight), np.zeros_like(self.weight)]
-        rates = list(errors)
-        for s in (0, 1, 0, 1):  # settle the errors at the start
-            bits, error, _ = self.sides[s].at_every_size(self.weight * (1 - errors[1 - s]), slope)
-            chosen = choice[s][self.module]
-            rates[s], errors[s] = bits[rows, chosen], error[rows, chosen]
-        best = np.full(count, np.inf)
-        for s in (0, 1) * max(rounds, 1):
-            side, other = self.sides[s], 1 - s
-            bits, error, lost = side.at_every_size(self.weight * (1 - errors[other]), slope)
-            pair_bits = bits + rates[other][:, None] + PAIR_OVERHEAD
-            pair = self.weight[:, None] * (1 - (1 - error) * (1 - errors[other][:, None])) + slope * pair_bits
-            keep = pair < self.weight[:, None]
-            pair = np.where(keep, pair, self.weight[:, None])
-            cost = self.scale * self._per_module(pair)
-            for g in range(cost.shape[1]):
-                passed = self._passed_on(side.explained[:, g], lost[:, g], keep[:, g])
-                shared = side.shared(passed, side.sizes[:, g], slope)
-                cost[:, g] += shared[1] + slope * shared[0]
-            # what the other side's basis costs does not change the choice, but it does change the total
-            kept = choice[other]
-            passed = self._passed_on(
-                self.sides[other].explained[rows, kept[self.module]], np.ones_like(self.weight), keep[:, 0]
-            )
-            shared = self.sides[other].shared(passed, self.sides[other].sizes[own, kept], slope)
-            cost += (shared[1] + slope * shared[0])[:, None]
-            cost[~side.allowed] = np.inf
-            if rounds:
-                choice[s] = cost.argmin(axis=1)
-            best = cost[own, choice[s]]
-            chosen = choice[s][self.module]
-            rates[s], errors[s] = bits[rows, chosen], error[rows, chosen]
-        return choice, best
+    def _descend(self, choice: Int[np.ndarray, "2 m"], slope: float) -> Int[np.ndarray, "2 m"]:
+        """Improve one side at a time, three times each."""
+        for s in (0, 1) * 3:
+            choice = choice.copy()
+            choice[s] = self._best(s, choice, slope)
+        return choice
 
-    def _per_module(self, values: Float[np.ndarray, "p g"]) -> Float[np.ndarray, "m g"]:
-        count = len(self.sides[0].sizes)
-        return np.stack([np.bincount(self.module, column, minlength=count) for column in values.T], axis=1)
+    def _best(self, s: int, choice: Int[np.ndarray, "2 m"], slope: float) -> Int[np.ndarray, " m"]:
+        """The size of side ``s`` that costs each module least, while the other side stays."""
+        side, other = self.sides[s], 1 - s
+        now = self._pairs(slope, choice)
+        bits, error, lost = side.at_every_size(self.weight * (1 - now.side_error[other]), slope)
+        pair_bits = bits + now.side_bits[other][:, None] + PAIR_OVERHEAD
+        pair_error = self.weight[:, None] * (1 - (1 - error) * (1 - now.side_error[other][:, None]))
+        pair = pair_error + slope * pair_bits
+        keep = pair < self.weight[:, None]
+        pair = np.where(keep, pair, self.weight[:, None])
+        cost = np.full(side.sizes.shape, np.inf)
+        for g in range(cost.shape[1]):
+            passed = self._passed_on(side.explained[:, g], lost[:, g], keep[:, g])
+            shared_bits, shared_error = side.shared(passed, side.sizes[:, g], slope)
+            cost[:, g] = self._sum(pair[:, g]) + shared_error + slope * shared_bits
+        return np.where(side.allowed, cost, np.inf).argmin(axis=1)
+
+    def _module_costs(
+        self, slope: float, choice: Int[np.ndarray, "2 m"]
+    ) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray, " m"], list[Float[np.ndarray, " m"]]]:
+        """Bits and weighted error of each module, bases included, and what its bases pass on (both sides)."""
+        cost = self._pairs(slope, choice)
+        bits, error, passed = self._sum(cost.bits), self._sum(cost.error), []
+        rows = np.arange(choice.shape[1])
+        for side, chosen, lost in zip(self.sides, choice, cost.remainder_lost, strict=True):
+            explained = side.explained[np.arange(len(self.weight)), chosen[self.module]]
+            passed.append(self._passed_on(explained, lost, cost.keep))
+            shared_bits, shared_error = side.shared(passed[-1], side.sizes[rows, chosen], slope)
+            bits, error = bits + shared_bits, error + shared_error
+        return bits, error, passed
+
+    def _pairs(self, slope: float, choice: Int[np.ndarray, "2 m"]) -> PairCost:
+        return pair_cost(self.weight, self.sides[0].at(choice[0]), self.sides[1].at(choice[1]), slope)
+
+    def _sum(self, values: Float[np.ndarray, " p"]) -> Float[np.ndarray, " m"]:
+        """Sums over each module's pairs, scaled from the sample to all adapters."""
+        return self.scale * np.bincount(self.module, values, minlength=len(self.sides[0].sizes))
 
     def _passed_on(self, explained: np.ndarray, lost: np.ndarray, keep: np.ndarray) -> Float[np.ndarray, " m"]:
         """Share of a basis direction's own error that reaches the updates: coded remainders mend the rest."""
         importance = self.weight * explained * keep
-        count = len(self.sides[0].sizes)
-        total = np.bincount(self.module, importance, minlength=count)
-        reaching = np.bincount(self.module, importance * np.where(explained < 1, lost, 1.0), minlength=count)
-        return np.clip(reaching / np.maximum(total, 1e-300), 1e-6, 1.0)
+        reaching = importance * np.where(explained < 1, lost, 1.0)
+        return np.clip(self._sum(reaching) / np.maximum(self._sum(importance), 1e-300), 1e-6, 1.0)

@@ -50,28 +50,37 @@ def gaussian_cost(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SideEnergy:
-    """Unit vectors of one side of one module, split into Gaussian parts."""
+    """Unit vectors of one side as Gaussian parts: shared directions or bands of them, and (last) the remainder."""
 
     energy: Float[np.ndarray, "p g"]
     """Energy of each vector in each part; rows sum to 1."""
-    size: Float[np.ndarray, " g"]
+    size: Float[np.ndarray, "p g"]
     """Number of values in each part."""
 
-    def cost(self, weight: Float[np.ndarray, " p"], slope: float) -> tuple[np.ndarray, np.ndarray]:
-        """Bits and squared error ``(p,)`` of each vector; ``weight`` is what a unit of its squared error costs."""
+    def cost(self, weight: Float[np.ndarray, " p"], slope: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Bits and squared error of each vector, and the share of its remainder that is lost, each ``(p,)``.
+
+        Args:
+            weight: What a unit of each vector's squared error costs.
+            slope: Weighted squared error that one bit is worth.
+        """
         rate, lost = gaussian_cost(self.energy / self.size, weight[:, None], slope)
-        return rate @ self.size, np.minimum(np.einsum("pg,pg->p", lost, self.energy), 1.0)
+        error = np.minimum(np.einsum("pg,pg->p", lost, self.energy), 1.0)
+        return np.einsum("pg,pg->p", rate, self.size), error, lost[:, -1]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PairCost:
-    """Cost of pairs at a slope; ``p`` pairs."""
+    """Cost of pairs at a slope; of two-tuples, the first is the input side."""
 
     keep: np.ndarray
     """Pairs worth coding; the others are dropped."""
-    error_in: Float[np.ndarray, " p"]
-    error_out: Float[np.ndarray, " p"]
+    side_bits: tuple[Float[np.ndarray, " p"], Float[np.ndarray, " p"]]
+    """Bits of each unit vector, if kept."""
+    side_error: tuple[Float[np.ndarray, " p"], Float[np.ndarray, " p"]]
     """Squared error of each unit vector, if kept."""
+    remainder_lost: tuple[Float[np.ndarray, " p"], Float[np.ndarray, " p"]]
+    """Share of each vector's remainder that is lost, if kept."""
     bits: Float[np.ndarray, " p"]
     """Bits of each pair, 0 where dropped."""
     error: Float[np.ndarray, " p"]
@@ -79,8 +88,7 @@ class PairCost:
 
 
 def pair_cost(weight: Float[np.ndarray, " p"], side_in: SideEnergy, side_out: SideEnergy, slope: float) -> PairCost:
-    """Cost of pairs whose error is ``weight * (1 - (1 - e_in) (1 - e_out))``: what ``s u v^T`` loses when both sides
-    shrink.
+    """Cost of pairs whose error is ``weight * (1 - (1 - e_in) (1 - e_out))``: what ``s u v^T`` loses when both shrink.
 
     Args:
         weight: Weighted squared singular values.
@@ -88,18 +96,19 @@ def pair_cost(weight: Float[np.ndarray, " p"], side_in: SideEnergy, side_out: Si
         side_out: Energies of the left singular vectors.
         slope: Weighted squared error that one bit is worth.
     """
-    error_in = error_out = np.zeros_like(weight)
+    error_out: np.ndarray = np.zeros_like(weight)
     # each side's errors count only as far as the other side survives; three rounds settle it
     for _ in range(3):
-        rate_in, error_in = side_in.cost(weight * (1 - error_out), slope)
-        rate_out, error_out = side_out.cost(weight * (1 - error_in), slope)
-    bits = rate_in + rate_out + PAIR_OVERHEAD
+        bits_in, error_in, lost_in = side_in.cost(weight * (1 - error_out), slope)
+        bits_out, error_out, lost_out = side_out.cost(weight * (1 - error_in), slope)
+    bits = bits_in + bits_out + PAIR_OVERHEAD
     error = weight * (1 - (1 - error_in) * (1 - error_out))
     keep = error + slope * bits < weight
     return PairCost(
         keep=keep,
-        error_in=error_in,
-        error_out=error_out,
+        side_bits=(bits_in, bits_out),
+        side_error=(error_in, error_out),
+        remainder_lost=(lost_in, lost_out),
         bits=np.where(keep, bits, 0.0),
         error=np.where(keep, error, weight),
     )

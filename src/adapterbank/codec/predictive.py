@@ -82,6 +82,9 @@ class _Context:
     def step(self, reader: Reader) -> int:
         return self.read(reader, "step", *STEP_CODES)
 
+    def profile(self, reader: Reader) -> int:
+        return self.read(reader, "profile", -MOST_PROFILE, MOST_PROFILE)
+
     def class_(self, reader: Reader, kind: str) -> int:
         return self.read(reader, kind, CLASS_ZERO, CLASS_LIMIT)
 
@@ -149,10 +152,7 @@ def decode_side_basis(reader: Reader, width: int) -> SideBasis:
     k = reader.integer()
     if not 0 <= k <= width:
         raise BankError(f"a basis is damaged: {k} directions of {width} features")
-    rows = [
-        (context.step(reader), context.class_(reader, "class"), context.read(reader, "profile", -MOST_PROFILE, MOST_PROFILE))
-        for _ in range(k)
-    ]
+    rows = [(context.step(reader), context.class_(reader, "class"), context.profile(reader)) for _ in range(k)]
     codes, classes, profile = np.array(rows, dtype=np.int64).reshape(k, 3).T
     decoded = reader.values(classes[:, None], width) * step_of(codes)[:, None]
     return SideBasis(vectors=torch.from_numpy(decoded.astype(np.float32)), profile=profile)
@@ -276,7 +276,7 @@ def _plan(
         return np.zeros(S.shape, dtype=bool), np.ones_like(S)
     cost = pair_cost(pair_weight, _energies(update.Vh, basis.side_in), _energies(update.U.T, basis.side_out), slope)
     # an error in a balanced vector of energy s costs s, less what the other side loses anyway
-    survives = 1 - (cost.error_in + cost.error_out) / 2
+    survives = 1 - sum(cost.side_error) / 2
     step = np.sqrt(slope / (SLOPE * weight * np.maximum(S * survives, 1e-30)))
     return cost.keep, np.maximum(step, FINEST * np.sqrt(S / max(update.U.shape[0], update.Vh.shape[1])))
 
@@ -285,8 +285,9 @@ def _energies(rows: Float[Tensor, "r d"], basis: SideBasis) -> SideEnergy:
     coefficients = basis.project(rows)
     left = (rows - coefficients @ basis.vectors).double().square().sum(dim=1).numpy()
     explained = coefficients.double().square().numpy()
+    energy = np.concatenate([explained, left[:, None]], axis=1)
     size = np.concatenate([np.ones(basis.k), [rows.shape[1]]])
-    return SideEnergy(energy=np.concatenate([explained, left[:, None]], axis=1), size=size)
+    return SideEnergy(energy=energy, size=np.broadcast_to(size, energy.shape))
 
 
 def _refit(
