@@ -10,7 +10,7 @@ import torch
 from adapterbank.adapters import LoraFactors
 from adapterbank.bank.bank import Bank
 from adapterbank.bank.coding import PlainBasis
-from adapterbank.bank.family import Family, Progress, Refused, Source, open_family
+from adapterbank.bank.family import Family, Progress, Refused, Source, named_sources, open_family, open_source
 from adapterbank.bank.statistics import Directions, even_sample, find_directions, measure
 from adapterbank.codec.allocate import allocate, basis_sizes
 from adapterbank.codec.predictive import ModuleBasis
@@ -200,8 +200,12 @@ def advice(bank: Bank, adapters: Mapping[str, Source] | Iterable[Source], *, all
 
     Args:
         bank: The bank.
-        adapters: What it was fitted on.
+        adapters: What it was fitted on; those in ``bank.refused`` are left out.
         allow_pickle: As in ``Bank.fit``.
+
+    Raises:
+        AdapterError: If an adapter can't be used any more.
+        MissingFileError: If there is nothing at a path any more.
     """
     if len(bank) < 2:
         return _no(0.0, "A single adapter has nothing to share: the bank only codes it compactly.")
@@ -214,8 +218,12 @@ def advice(bank: Bank, adapters: Mapping[str, Source] | Iterable[Source], *, all
     error = bank.summary()["error"]
     if error >= 1:
         return _no(0.0, f"An error of {error:.2f} is no better than none of these adapters at all; ask for more bytes.")
-    chosen, _ = _sampled(adapters, ADVICE_ADAPTERS)
-    opened = open_family(chosen, base=bank.index.base, skip_bad=True, allow_pickle=allow_pickle)
+    refused = {r.name for r in bank.refused}
+    given = [pair for pair in named_sources(adapters) if (pair[0] or str(pair[1])) not in refused]
+    chosen = [given[i] for i in even_sample([str(pair) for pair in given], ADVICE_ADAPTERS)]
+    opened = Family()
+    for name, source in chosen:
+        opened.add(open_source(name, source, allow_pickle=allow_pickle), bank.index.base)
     family = _part(opened, ADVICE_ADAPTERS, MOST_MODULES)
     if not (any(family.energies) and error > 0):
         return _no(0.0, "These updates are zero, or come back exactly: there is nothing that sharing could save.")

@@ -3,4 +3,19 @@
 from adapterbank.cli import changing, demo, fitting, looking
 from adapterbank.cli.app import app, main
 
-__all__ = ["app", "changing", "demo", "fitting", "looking", "main"]
+__all__ = ["app", "main"]
+
+# in the order in which help lists them
+for _command in (
+    demo.demo,
+    fitting.fit,
+    looking.info,
+    looking.diagnose,
+    looking.verify,
+    fitting.add,
+    changing.remove,
+    changing.rename,
+    fitting.absorb,
+    changing.export,
+):
+    app.command()(_command)

@@ -17,8 +17,6 @@ from adapterbank.errors import AdapterBankError
 
 Tell = Callable[[str, int, int], None]
 """``tell(stage, done, total)``, as in ``Bank.fit``."""
-FULL_TABLE, WORST = 40, 10
-"""More adapters than this are summed up by those with the largest errors."""
 
 
 class Group(TyperGroup):
@@ -35,7 +33,7 @@ class Group(TyperGroup):
         except OSError as error:
             fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         except KeyboardInterrupt:
-            typer.echo("Interrupted: nothing was changed.", err=True)
+            typer.echo("Interrupted.", err=True)
             raise typer.Exit(130) from None
 
 
@@ -46,18 +44,19 @@ app = typer.Typer(
     # plain help: the same text in a terminal, in a pipe and in docs/cli.md
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={"max_content_width": 100},
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 BaseId = Annotated[
-    str | None, typer.Option("--base", metavar="ID", help="Id of the base model; what the adapters say is not compared.")
+    str | None,
+    typer.Option("--base", metavar="ID", help="Id of the base model; what the adapters say is not compared."),
 ]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out adapters that can't be used, and list them.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read adapter_model.bin, if you trust it.")]
 Adapters = Annotated[
     list[str],
-    typer.Argument(metavar="ADAPTER...", help="PEFT directories, files or hub ids; NAME=PATH gives another name."),
+    typer.Argument(metavar="ADAPTER", help="PEFT directories, files or hub ids; NAME=PATH gives another name."),
 ]
 BankPath = Annotated[str, typer.Argument(metavar="BANK", help="Directory of the bank.")]
 
@@ -159,12 +158,3 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
         # Text: brackets in a name are not markup
         table.add_row(*(Text(clean(cell)) for cell in row), end_section=position == len(rows) - last - 1 and last > 0)
     console.print(table)
-
-
-def size(count: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}" if count < 1000 else f"{count:,.0f} {unit}"
-        count /= 1000
-    raise AssertionError("unreachable")

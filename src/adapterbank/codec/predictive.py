@@ -207,21 +207,25 @@ class ModuleWriter:
         self, name: str, rows: Float[Tensor, "p d"], basis: SideBasis, codes: Int[np.ndarray, " p"]
     ) -> Float[Tensor, "p d"]:
         step = step_of(codes)[:, None]
-        coefficients = basis.project(rows).numpy()
-        level = (
-            to_class(np.sqrt((coefficients**2).mean(axis=1)) / step[:, 0]) if basis.k else np.zeros(0, dtype=np.int64)
-        )
-        for value in level:
-            self._context.write(self._writer, f"{name} level", int(value))
-        predicted = torch.from_numpy(
-            (self._writer.values(coefficients / step, _coefficient_classes(level, basis)) * step).astype(np.float32)
-        )
-        remainder = (rows - predicted @ basis.vectors).numpy()
+        predicted = self._predict(name, rows, basis, step)
+        remainder = (rows - predicted).numpy()
         classes = to_class(np.sqrt((remainder**2).mean(axis=1)) / step[:, 0])
         for value in classes:
             self._context.write(self._writer, f"{name} remainder", int(value))
         private = self._writer.values(remainder / step, classes[:, None]) * step
-        return predicted @ basis.vectors + torch.from_numpy(private.astype(np.float32))
+        return predicted + torch.from_numpy(private.astype(np.float32))
+
+    def _predict(
+        self, name: str, rows: Float[Tensor, "p d"], basis: SideBasis, step: Float[np.ndarray, "p 1"]
+    ) -> Float[Tensor, "p d"]:
+        if basis.k == 0:
+            return torch.zeros_like(rows)
+        coefficients = basis.project(rows).numpy()
+        level = to_class(np.sqrt((coefficients**2).mean(axis=1)) / step[:, 0])
+        for value in level:
+            self._context.write(self._writer, f"{name} level", int(value))
+        decoded = self._writer.values(coefficients / step, _coefficient_classes(level, basis)) * step
+        return torch.from_numpy(decoded.astype(np.float32)) @ basis.vectors
 
 
 class ModuleReader:
@@ -251,17 +255,20 @@ class ModuleReader:
 
     def _side(self, name: str, basis: SideBasis, codes: Int[np.ndarray, " p"]) -> Float[Tensor, "p d"]:
         step = step_of(codes)[:, None]
-        levels = [self._context.class_(self._reader, f"{name} level") for _ in codes] if basis.k else []
-        classes = _coefficient_classes(np.array(levels, dtype=np.int64), basis)
-        predicted = torch.from_numpy((self._reader.values(classes, basis.k) * step).astype(np.float32))
+        predicted = self._predict(name, basis, step)
         widths = np.array([self._context.class_(self._reader, f"{name} remainder") for _ in codes], dtype=np.int64)
         private = self._reader.values(widths[:, None], basis.vectors.shape[1]) * step
-        return predicted @ basis.vectors + torch.from_numpy(private.astype(np.float32))
+        return predicted + torch.from_numpy(private.astype(np.float32))
+
+    def _predict(self, name: str, basis: SideBasis, step: Float[np.ndarray, "p 1"]) -> Float[Tensor, "p d"]:
+        if basis.k == 0:
+            return torch.zeros(len(step), basis.vectors.shape[1])
+        level = np.array([self._context.class_(self._reader, f"{name} level") for _ in step], dtype=np.int64)
+        decoded = self._reader.values(_coefficient_classes(level, basis), basis.k) * step
+        return torch.from_numpy(decoded.astype(np.float32)) @ basis.vectors
 
 
 def _coefficient_classes(level: Int[np.ndarray, " p"], basis: SideBasis) -> Int[np.ndarray, "p k"]:
-    if basis.k == 0:
-        return np.zeros((len(level), 0), dtype=np.int64)
     classes: np.ndarray = np.clip(level[:, None] + basis.profile[None, :], CLASS_ZERO, CLASS_LIMIT)
     return classes
 

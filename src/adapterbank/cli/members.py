@@ -1,0 +1,65 @@
+"""Members of a bank, as a table and as JSON."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from adapterbank.cli.app import print_table, say
+
+if TYPE_CHECKING:
+    from adapterbank.bank import Bank
+
+FULL_TABLE, WORST = 40, 10
+"""More members than this are summed up by those with the largest errors."""
+
+
+def member(bank: "Bank", name: str) -> dict[str, Any]:
+    """A member as JSON."""
+    entry = bank[name]
+    kept = {key: asdict(entry)[key] for key in ("bytes", "values", "r", "alpha", "error", "bound", "source_bytes")}
+    return {"name": name, **kept, "ratio": _ratio(entry.values, entry.bytes)}
+
+
+def describe(bank: "Bank") -> dict[str, Any]:
+    """A bank and its members as JSON."""
+    return {**bank.summary(), "members": [member(bank, name) for name in bank.names]}
+
+
+def print_members(bank: "Bank", title: str, names: Sequence[str] | None = None) -> None:
+    """Print what each member takes and lost, or the worst of many, and a line about the whole bank.
+
+    Args:
+        bank: The bank.
+        title: Of the table.
+        names: Members to list; all by default.
+    """
+    entries = {name: bank[name] for name in (bank.names if names is None else names)}
+    shown = list(entries)
+    if len(shown) > FULL_TABLE:
+        shown = sorted(shown, key=lambda name: -entries[name].error)[:WORST]
+        title += f", the {WORST} of {len(entries)} adapters with the largest errors"
+    rows = [
+        (
+            name,
+            f"{entry.bytes:,}",
+            f"{_ratio(entry.values, entry.bytes):.1f}",
+            f"{'≤ ' * entry.bound}{entry.error:.4f}",
+        )
+        for name, entry in ((name, entries[name]) for name in shown)
+    ]
+    summary = bank.summary()
+    shared = bank.bytes - sum(bank[name].bytes for name in bank.names)
+    rows += [
+        ("basis and index", f"{shared:,}", "", ""),
+        ("whole bank", f"{bank.bytes:,}", f"{summary['ratio']:.1f}", f"{summary['error']:.4f}"),
+    ]
+    print_table(title, ("adapter", "bytes", "ratio", "error"), rows, last=2)
+    say(
+        f"{summary['adapters']} adapters of {summary['base'] or 'an unnamed base'}, {summary['modules']} modules: "
+        f"{summary['ratio']:.1f}x smaller than in 32 bits, {summary['ratio_to_sources']:.1f}x than the files were; "
+        f"largest error {summary['largest_error']:.4f}."
+    )
+
+
+def _ratio(values: int, size: int) -> float:
+    return 4 * values / size if size else 0.0
