@@ -14,12 +14,11 @@ def gaussian_bound(originals: Originals, sizes: list[int]) -> list[float]:
     they buy most (reverse water-filling). A bank may be below: what adapters share is paid once.
     """
     energy, d_in, d_out = _pairs(originals)
-    slopes = np.geomspace(1e-12, 10, 700) * energy.mean()
+    slopes = np.geomspace(1e-20, 10, 1000) * energy.mean()
     bits, lost = zip(*(_at(slope, energy, d_in, d_out) for slope in slopes), strict=True)
-    # errors and bytes are both monotone in the slope; between two slopes the hull is all but straight in log-log
-    size = np.maximum(np.array(bits) / 8, 1e-9)[::-1]
-    error = np.sqrt(np.array(lost) / len(originals.adapters))[::-1]
-    return [float(np.exp(np.interp(np.log(wanted), np.log(size), np.log(error)))) for wanted in sizes]
+    # between two slopes bytes and squared error are shared out: a straight line, which is also the true hull
+    size, square = np.array(bits)[::-1] / 8, np.array(lost)[::-1] / len(originals.adapters)
+    return np.sqrt(np.interp(sizes, size, square)).tolist()
 
 
 def _pairs(originals: Originals) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -38,7 +37,8 @@ def _at(slope: float, energy: np.ndarray, d_in: np.ndarray, d_out: np.ndarray) -
     a = slope / (2 * np.log(2) * np.maximum(energy, 1e-300))
     b = 1 + a * (d_out - d_in)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        D_out = (b - np.sqrt(b * b - 4 * a * d_out)) / 2
+        # the smaller root, without its cancellation where a is tiny
+        D_out = 2 * a * d_out / (b + np.sqrt(b * b - 4 * a * d_out))
         D_in = D_out - a * (d_out - d_in)
         bits = -(d_in * np.log2(D_in) + d_out * np.log2(D_out)) / 2
         lost = energy * (1 - (1 - D_in) * (1 - D_out))

@@ -52,6 +52,7 @@ def open_and_restore(folder: Path, out: Path, arguments: dict[str, Any]) -> dict
         "bytes_read_to_restore": read_member - read_index,
         "bytes_of_member_and_basis": bank[name].bytes + bank.index.basis_bytes,
         "bank_bytes": bank.bytes,
+        **{key: bank.summary()[key] for key in ("ratio", "error")},
     }
 
 

@@ -1,6 +1,8 @@
 import json
+from dataclasses import replace
 from functools import partial
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from peft import PeftModel
@@ -8,7 +10,7 @@ from rich.console import Console
 
 from adapterbank.bank import Bank
 from adapterbank.demo import run, workers
-from adapterbank.demo.run import demo_settings, print_result, progress_bars, run_demo
+from adapterbank.demo.run import DemoResult, Row, demo_settings, print_result, run_demo
 from adapterbank.errors import AdapterBankError
 
 # PEFT 0.21 still asks transformers 5 for a name that it renamed
@@ -27,6 +29,7 @@ def tiny_demo(tiny, monkeypatch):
     """The whole demo on the tiny model, without downloads and worker processes."""
     monkeypatch.setattr(run, "_download", lambda tell: None)
     monkeypatch.setattr(run, "run_jobs", in_this_process)
+    monkeypatch.setattr(run, "RATIOS", (4.0,))
     monkeypatch.setattr(workers, "load_classifier", tiny.classifier)
     monkeypatch.setattr(workers, "load_tokenizer", lambda: tiny.tokenize)
     monkeypatch.setattr(workers, "load_task", tiny.task)
@@ -34,9 +37,12 @@ def tiny_demo(tiny, monkeypatch):
 
 
 def test_the_demo_leaves_adapters_bank_restored_adapters_and_pictures(tiny_demo, tiny):
+    out = tiny.folder / "out"
+    (out / "adapters" / "of-an-earlier-demo").mkdir(parents=True)
+    (out / ".adapterbank-demo").touch()
     stages = []
     result = tiny_demo(progress=lambda stage, done, total: stages.append(stage))
-    out = tiny.folder / "out"
+    assert {folder.name for folder in (out / "adapters").iterdir()} == {row.adapter for row in result.rows}
     assert Bank.load(out / "bank").errors() == {row.adapter: row.error for row in result.rows}
     assert Bank.load(out / "bank").verify([out / "adapters" / row.adapter for row in result.rows]) == pytest.approx(
         {row.adapter: row.error for row in result.rows}, rel=1e-4
@@ -48,19 +54,27 @@ def test_the_demo_leaves_adapters_bank_restored_adapters_and_pictures(tiny_demo,
     assert {"train adapters", "measure accuracies"} <= set(stages)
 
 
-def test_a_second_demo_replaces_the_first(tiny_demo):
-    first, second = tiny_demo(), tiny_demo()
-    assert [row.error for row in first.rows] == [row.error for row in second.rows]
-
-
-def test_the_table_shows_what_was_measured(tiny_demo):
-    result, text = tiny_demo(), StringIO()
+def test_the_table_shows_what_was_measured():
+    sizes = {"stored_bytes": 1_327_104, "bank_bytes": 80_123}
+    row = Row(adapter="pc-mac", error=0.1234, accuracy_before=0.81, accuracy_after=0.79, **sizes)
+    result = DemoResult(
+        rows=[row, replace(row, adapter="tweets", accuracy_after=0.83)],
+        test_examples=321,
+        bank_bytes=170_001,
+        ratio=15.61,
+        error=0.2345,
+        bank_points=[],
+        baseline_points={},
+        seconds=12.0,
+        bank=Path("out/bank"),
+        pictures=[Path("out/a.png")],
+    )
+    text = StringIO()
     print_result(result, Console(file=text, width=160))
-    for row in result.rows:
-        line = next(line for line in text.getvalue().splitlines() if row.adapter in line)
-        cells = (f"{row.stored_bytes:,}", f"{row.bank_bytes:,}", f"{row.error:.3f}", f"{row.accuracy_after:.3f}")
-        assert all(cell in line for cell in cells)
-    assert f"{result.bank_bytes:,}" in text.getvalue()
+    lines = text.getvalue().splitlines()
+    assert all(cell in next(x for x in lines if "pc-mac" in x) for cell in ("1,327,104", "80,123", "0.123", "0.790"))
+    assert all(cell in next(x for x in lines if "all, " in x) for cell in ("2,654,208", "170,001", "0.234", "0.810"))
+    assert "15.6x" in text.getvalue() and "321 test texts" in text.getvalue() and "out/a.png" in text.getvalue()
 
 
 @pytest.mark.parametrize("adapters", [1, 13])
@@ -81,10 +95,3 @@ def test_a_folder_of_somebody_else_is_left_alone(tiny_demo, tiny):
 def test_no_two_adapters_of_a_demo_share_a_start():
     settings = [s for seed in range(3) for s in demo_settings(12, seed)]
     assert len({s.init_seed for s in settings}) == len(settings)
-
-
-def test_bars_are_silent_where_there_is_no_terminal():
-    text = StringIO()
-    with progress_bars(Console(file=text)) as tell:
-        tell("train adapters", 1, 2)
-    assert text.getvalue() == ""

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -47,8 +48,7 @@ class Bank:
         """Use :meth:`fit` or :meth:`load`."""
         self._index = index
         self._directory = directory
-        # files of changes that are not saved yet; gone with the object
-        self._staging = tempfile.TemporaryDirectory(prefix="adapterbank-")
+        self._staging = _Staging()
         self._bases: list[ModuleBasis] | list[PlainBasis] | None = None
         self.refused: list[Refused] = []
         """Adapters that the last fit, add or absorb left out, with ``skip_bad``."""
@@ -114,9 +114,9 @@ class Bank:
     ) -> "Bank":
         if partial is not None and sorted(partial.adapters) != sorted(family.names()):
             raise BankError(f"the sketch is of {len(partial.adapters)} adapters, not of these {len(family.adapters)}")
-        staging = tempfile.TemporaryDirectory(prefix="adapterbank-")
-        index = fit_bank(family, settings, Path(staging.name), partial=partial, progress=progress)
-        bank = cls(index, Path(staging.name))
+        staging = _Staging()
+        index = fit_bank(family, settings, staging.path, partial=partial, progress=progress)
+        bank = cls(index, staging.path)
         bank._staging = staging
         bank.refused = family.refused
         return bank
@@ -348,9 +348,7 @@ class Bank:
         members = dict(self._index.members)
         for i, name in enumerate(family.names()):
             coded = code(i)
-            store.write_file(
-                Path(self._staging.name), store.member_file(coded.entry.sha256), coded.data, coded.entry.sha256
-            )
+            store.write_file(self._staging.path, store.member_file(coded.entry.sha256), coded.data, coded.entry.sha256)
             members[name] = coded.entry
             if progress:
                 progress("coding adapters", i + 1, len(family.adapters))
@@ -462,8 +460,8 @@ class Bank:
 
     def _become(self, fitted: "Bank", coded_before: Mapping[str, MemberEntry]) -> None:
         fitted._bound(coded_before)
-        for path in Path(fitted._staging.name).iterdir():
-            shutil.move(path, Path(self._staging.name) / path.name)
+        for path in fitted._staging.path.iterdir():
+            shutil.move(path, self._staging.path / path.name)
         self._index, self._bases, self.refused = fitted._index, None, fitted.refused
 
     def _bound(self, coded_before: Mapping[str, MemberEntry]) -> None:
@@ -516,7 +514,7 @@ class Bank:
             raise BankError(f"member {name!r}: {error}") from error
 
     def _find(self, name: str) -> Path:
-        staged = Path(self._staging.name) / name
+        staged = self._staging.path / name
         return staged if staged.exists() else self._directory / name
 
     def _read(self, name: str, sha256: str) -> dict[str, Tensor]:
@@ -524,6 +522,15 @@ class Bank:
         if "payload" not in tensors:
             raise BankError(f"{name} is damaged: it holds no payload")
         return tensors
+
+
+class _Staging:
+    """A directory for the files of changes that are not saved yet; gone with the object."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="adapterbank-"))
+        # TemporaryDirectory would do the same, with a warning
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 def _several(adapters: Sources | Source) -> Sources:

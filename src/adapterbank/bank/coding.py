@@ -55,10 +55,20 @@ class PlainSide:
 
     def project(self, rows: Float[Tensor, "r d"]) -> Float[Tensor, "m columns"]:
         """Coefficients of a factor's rows; the shared rows are orthonormal up to rounding."""
+        self.check(len(rows))
         flat = rows.reshape(-1, self.rows.shape[1])
         if self.k == 0:
             return flat
         return (flat if self.mean is None else flat - self.mean) @ self.rows.T
+
+    def check(self, rank: int) -> None:
+        """Refuse a rank that whole rows can't make.
+
+        Raises:
+            BankError: If the rank is no multiple of ``fold``.
+        """
+        if rank % self.fold:
+            raise BankError(f"a flat bank of rank {self.fold} can't hold a module of rank {rank}; fit by product")
 
     def reconstruct(self, coefficients: Float[Tensor, "m columns"]) -> Float[Tensor, "r d"]:
         """A factor's rows."""
@@ -204,6 +214,8 @@ def decode_plain(
         if slot.rank == 0:
             continue
         side_in, side_out = basis.side_in, basis.side_out
+        side_in.check(slot.rank)
+        side_out.check(slot.rank)
         if _is_core(basis, slot.rank):
             pairs.append(_from_core(body.matrix(side_out.k, side_in.k), basis, slot.rank))
             continue

@@ -12,7 +12,7 @@ from adapterbank.subspace.updates import ThinUpdate, thin_svd, update_norm
 Progress = Callable[[str, int, int], None]
 """``progress(stage, done, total)``."""
 Source = str | Path | LoraAdapter
-CACHE_BYTES = 48 << 20
+CACHE_BYTES = 24 << 20
 """Thin updates kept between passes: enough for a small family, too little to matter for a large one."""
 
 

@@ -107,26 +107,25 @@ class _PredictiveFit:
                 "adapters"
             )
         aim, sizes, best = float(room - fixed), None, None
-        low, high = 0.0, math.inf  # aims that turned out within the room, and beyond it
+        tried: list[tuple[float, float]] = []
         sampled = len(self.family.adapters) > 2 * SIZE_ADAPTERS
         for attempt in range(BYTES_TRIES):
-            allocation = self.allocation(bits=8 * aim, sizes=sizes)
             # once the model's bytes are put right, the basis stays: choosing again would move the target
+            allocation = self.allocation(bits=8 * aim, sizes=sizes)
             sizes = allocation.sizes if attempt else None
             if sampled and attempt < 2:
                 size = fixed + self._sampled_bytes(allocation)
             else:
                 index = self.write(allocation, None)
                 size = bank_bytes(index)
-                low, high = (max(low, aim), high) if size <= room else (low, min(high, aim))
                 if size <= room and (best is None or size > bank_bytes(best)):
                     best = index
-                if best is not None and bank_bytes(best) > (1 - BYTES_TOLERANCE) * room:
+                # small banks move in steps: what can't be met closely is met less closely
+                if best is not None and bank_bytes(best) > (1 - BYTES_TOLERANCE * 1.3**attempt) * room:
                     return best
-            # a hair below the aim, so that the next try ends on the right side
-            aim *= min(max((room - fixed) / max(size - fixed, 1), 0.2), 5.0) * 0.998
-            if not low < aim < high:
-                aim = (low + min(high, 2 * low)) / 2
+            if attempt:  # the first try had other sizes
+                tried.append((math.log(aim), math.log(max(size - fixed, 1) / (room - fixed))))
+            aim = _next_aim(tried) if tried else aim * min(max((room - fixed) / max(size - fixed, 1), 0.2), 5.0)
         if best is None:
             raise BankError(f"no bank of at most {room} bytes was found; ask for a lower ratio or a larger budget")
         return best
@@ -158,3 +157,19 @@ class _PredictiveFit:
         n = len(self.family.adapters)
         sample = even_sample(self.family.names(), SIZE_ADAPTERS)
         return int(basis.numel()) + sum(coder.code(i).entry.bytes for i in sample) * n // len(sample)
+
+
+def _next_aim(tried: list[tuple[float, float]]) -> float:
+    """Where to aim next, from pairs of log aim and log of bytes taken over bytes allowed.
+
+    Bytes grow about as the aim does; between a try below and one above, the line through both says how.
+    """
+    wanted = math.log(1 - BYTES_TOLERANCE / 3)
+    below = max((t for t in tried if t[1] <= 0), key=lambda t: t[1], default=None)
+    above = min((t for t in tried if t[1] > 0), key=lambda t: t[1], default=None)
+    if below is None or above is None:
+        aim, excess = tried[-1]
+        return math.exp(aim - min(max(excess - wanted, -1.6), 1.6))
+    share = (wanted - below[1]) / (above[1] - below[1])
+    # not the very ends, which were tried
+    return math.exp(below[0] + min(max(share, 0.1), 0.9) * (above[0] - below[0]))

@@ -26,10 +26,10 @@ class Directions:
     """Leading eigenvectors of both sides of one module, before any coding, with the weighted energy along each."""
 
     module: ModuleEntry
-    V: Float[Tensor, "k d_in"]
-    U: Float[Tensor, "k d_out"]
-    weight_in: Float[np.ndarray, " k"]
-    weight_out: Float[np.ndarray, " k"]
+    V: Float[Tensor, "k_in d_in"]
+    U: Float[Tensor, "k_out d_out"]
+    weight_in: Float[np.ndarray, " k_in"]
+    weight_out: Float[np.ndarray, " k_out"]
 
 
 def even_sample(names: Sequence[str], most: int) -> list[int]:

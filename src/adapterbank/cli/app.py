@@ -61,12 +61,13 @@ Adapters = Annotated[
 BankPath = Annotated[str, typer.Argument(metavar="BANK", help="Directory of the bank.")]
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         from adapterbank import __version__
 
         typer.echo(f"adapterbank {__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
@@ -140,6 +141,11 @@ def say(*lines: str) -> None:
         typer.echo(clean(line))
 
 
+def count(number: int, word: str) -> str:
+    """``1 adapter``, ``2 adapters``."""
+    return f"{number} {word}{'s' * (number != 1)}"
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, last: int = 0) -> None:
     """Print a table: the first column is text, the others are numbers.
 
@@ -151,10 +157,11 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     """
     # a pipe has no width, and cut names are useless to whatever reads it
     console = Console(width=None if sys.stdout.isatty() else 400, highlight=False)
-    table = Table(title=Text(clean(title)), title_justify="left")
+    table = Table()
     for number, column in enumerate(columns):
         table.add_column(Text(column), justify="right" if number else "left", overflow="fold")
     for position, row in enumerate(rows):
         # Text: brackets in a name are not markup
         table.add_row(*(Text(clean(cell)) for cell in row), end_section=position == len(rows) - last - 1 and last > 0)
+    say(title)  # not the table's own title, which is broken to the table's width
     console.print(table)

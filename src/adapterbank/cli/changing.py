@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from adapterbank.cli.app import BankPath, Json, bars, print_json, say
+from adapterbank.cli.app import BankPath, Json, bars, count, print_json, say
 
 
 class Dtype(str, Enum):
@@ -34,7 +34,7 @@ def remove(
     if as_json:
         print_json({"removed": names, "adapters": len(changed), "bytes": changed.bytes})
         return
-    say(f"Removed {', '.join(names)}; {len(changed)} adapters are left in {changed.bytes:,} bytes.")
+    say(f"Removed {', '.join(names)}; {count(len(changed), 'adapter')} left in {changed.bytes:,} bytes.")
 
 
 def rename(

@@ -17,6 +17,7 @@ from adapterbank.cli.app import (
     Json,
     SkipBad,
     bars,
+    count,
     fail,
     print_json,
     say,
@@ -81,7 +82,7 @@ def fit(
     out = out.expanduser()
     check_free(out, force=force)
     from adapterbank.bank import Bank
-    from adapterbank.bank.diagnose import advice
+    from adapterbank.bank.advice import advice
 
     with bars() as tell:
         bank = Bank.fit(
@@ -175,8 +176,7 @@ def report(bank: "Bank") -> dict[str, Any]:
 def say_refused(bank: "Bank") -> None:
     """List the adapters that were left out."""
     if bank.refused:
-        count = len(bank.refused)
-        say(f"Left out {count} adapter{'s' * (count > 1)}:", *(f"{r.name}: {r.reason}" for r in bank.refused))
+        say(f"Left out {count(len(bank.refused), 'adapter')}:", *(f"{r.name}: {r.reason}" for r in bank.refused))
 
 
 def check_free(out: Path, *, force: bool) -> None:

@@ -12,6 +12,7 @@ from adapterbank.cli.app import (
     Json,
     SkipBad,
     bars,
+    count,
     fail,
     print_json,
     print_table,
@@ -40,10 +41,11 @@ def info(bank: BankPath, as_json: Json = False) -> None:
     print_members(opened, f"Bank {bank}")
     index = opened.index
     asked = ", ".join(f"{key} {value}" for key, value in index.parameters.items())
-    directions = [k for sides in opened.directions().values() for k in sides]
+    directions = [k for sides in opened.directions().values() for k in sides] or [0]
+    least, most = min(directions), max(directions)
     say(
         f"Method {index.method}, {index.coding} values{', ' if asked else ''}{asked}; "
-        f"{min(directions, default=0)} to {max(directions, default=0)} shared directions a side."
+        f"{f'{least} to ' * (least != most)}{most} shared directions a side."
     )
 
 
@@ -145,6 +147,6 @@ def verify(bank: BankPath, adapters: Adapters, allow_pickle: AllowPickle = False
         ]
         print_table(f"Members of {bank}", ("adapter", "error", "recorded", "verdict"), rows)
         if len(errors) < len(opened):
-            say(f"{len(opened) - len(errors)} other members were not compared.")
+            say(f"Not compared: {count(len(opened) - len(errors), 'other member')}.")
     if worse:
         fail(f"worse than recorded: {', '.join(worse)}; keep the originals")

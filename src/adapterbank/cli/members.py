@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from adapterbank.cli.app import print_table, say
+from adapterbank.cli.app import count, print_table, say
 
 if TYPE_CHECKING:
     from adapterbank.bank import Bank
@@ -55,7 +55,8 @@ def print_members(bank: "Bank", title: str, names: Sequence[str] | None = None) 
     ]
     print_table(title, ("adapter", "bytes", "ratio", "error"), rows, last=2)
     say(
-        f"{summary['adapters']} adapters of {summary['base'] or 'an unnamed base'}, {summary['modules']} modules: "
+        f"{count(len(bank), 'adapter')} of {summary['base'] or 'an unnamed base'}, "
+        f"{count(summary['modules'], 'module')}: "
         f"{summary['ratio']:.1f}x smaller than in 32 bits, {summary['ratio_to_sources']:.1f}x than the files were; "
         f"largest error {summary['largest_error']:.4f}."
     )

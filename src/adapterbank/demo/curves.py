@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from adapterbank.adapters import LoraAdapter
-from adapterbank.bank import Bank
 from adapterbank.subspace.baselines import Rival, rivals
 from adapterbank.subspace.updates import difference_norm, thin_svd
 
@@ -19,12 +18,6 @@ class Point:
     """4 bytes x values of all A and B, over the bytes that the method needs; task heads apart."""
     error: float
     """Root mean square over the adapters of ``||dW - dW'||_F / ||dW||_F``."""
-
-
-def bank_point(adapters: Sequence[LoraAdapter], ratio: float, *, seed: int = 0) -> Point:
-    """Fit a bank; bytes and error are those of what it would write."""
-    reached = Bank.fit(adapters, ratio=ratio, seed=seed).summary()
-    return Point(setting=f"ratio={ratio:g}", ratio=reached["ratio"], error=reached["error"])
 
 
 def baseline_curves(adapters: Sequence[LoraAdapter]) -> dict[str, list[Point]]:

@@ -3,14 +3,12 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from adapterbank.adapters import LoraAdapter
@@ -21,7 +19,7 @@ from adapterbank.demo.data import TASKS
 from adapterbank.demo.models import minilm
 from adapterbank.demo.plots import draw_rate_distortion, draw_spectrum
 from adapterbank.demo.train import TrainSettings, read_meta
-from adapterbank.demo.workers import BankAtRatio, Measurement, fit_point, measure, run_jobs, train
+from adapterbank.demo.workers import BankAtRatio, Measurement, fit, measure, run_jobs, train
 from adapterbank.errors import AdapterBankError
 
 Tell = Callable[[str, int, int], None]
@@ -96,8 +94,11 @@ def run_demo(
     for cached, folder in zip(trained, originals.values(), strict=True):
         shutil.copytree(cached, folder)
 
-    bank = Bank.fit(originals, ratio=ratio, seed=seed, progress=tell)
-    bank.save(out / "bank")
+    opened = {name: LoraAdapter.load(folder) for name, folder in originals.items()}
+    fits = [BankAtRatio(adapters=list(opened.values()), ratio=ratio, seed=seed, out=out / "bank")]
+    fits += [replace(fits[0], ratio=other, out=None) for other in RATIOS if other != ratio]
+    bank_points = run_jobs(fit, fits, progress=partial(_percent, tell, "fit banks"))
+    bank = Bank.load(out / "bank")
 
     restored = {name: out / "restored" / name for name in originals}
     for name, folder in restored.items():
@@ -106,13 +107,11 @@ def run_demo(
     accuracies = run_jobs(measure, jobs, progress=partial(_percent, tell, "measure accuracies"))
     after = dict(zip(restored, accuracies, strict=True))
 
-    opened = {name: LoraAdapter.load(folder) for name, folder in originals.items()}
-    pictures = [draw_spectrum(list(opened.values()), out / "spectrum.png", seed=seed)]
-    fits = [BankAtRatio(adapters=list(opened.values()), ratio=other, seed=seed) for other in RATIOS]
-    bank_points = run_jobs(fit_point, fits, progress=partial(_percent, tell, "fit at other ratios"))
     baselines = baseline_curves(list(opened.values()))
-    pictures.append(draw_rate_distortion(bank_points, baselines, out / "rate-distortion.png"))
-
+    pictures = [
+        draw_spectrum(list(opened.values()), out / "spectrum.png", seed=seed),
+        draw_rate_distortion(bank_points, baselines, out / "rate-distortion.png"),
+    ]
     result = DemoResult(
         rows=[
             Row(
@@ -127,8 +126,8 @@ def run_demo(
         ],
         test_examples=settings[0].test_examples,
         bank_bytes=bank.bytes,
-        ratio=bank.summary()["ratio"],
-        error=bank.summary()["error"],
+        ratio=bank_points[0].ratio,
+        error=bank_points[0].error,
         bank_points=bank_points,
         baseline_points=baselines,
         seconds=time.monotonic() - start,
@@ -173,26 +172,6 @@ def print_result(result: DemoResult, console: Console) -> None:
         f"{result.seconds:.0f} s.\nLook at {', '.join(str(path) for path in (result.bank, *result.pictures))}.",
         highlight=False,
     )
-
-
-@contextmanager
-def progress_bars(console: Console) -> Iterator[Tell]:
-    """A bar for each stage on ``console``; silent where that is no terminal."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        known: dict[str, TaskID] = {}
-
-        def tell(stage: str, done: int, total: int) -> None:
-            if stage not in known:
-                known[stage] = bars.add_task(stage, total=total)
-            bars.update(known[stage], completed=done, total=total)
-
-        yield tell
 
 
 def _prepare(out: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import torch
 
 from adapterbank.adapters import LoraAdapter
-from adapterbank.demo.curves import Point, bank_point
+from adapterbank.bank import Bank
+from adapterbank.demo.curves import Point
 from adapterbank.demo.data import load_task
 from adapterbank.demo.models import load_classifier, load_tokenizer
 from adapterbank.demo.train import TrainSettings, evaluate, train_adapter
@@ -33,11 +34,13 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class BankAtRatio:
-    """A bank to fit, only to see what it reaches."""
+    """A bank to fit."""
 
     adapters: list[LoraAdapter]
     ratio: float
     seed: int
+    out: Path | None = None
+    """Where to save it; without, only what it reaches is of interest."""
 
 
 def train(settings: TrainSettings, report: Report) -> Path:
@@ -55,9 +58,25 @@ def measure(job: Measurement, report: Report) -> float:
     return evaluate(model, load_tokenizer(), task.test, max_tokens=settings.max_tokens)
 
 
-def fit_point(job: BankAtRatio, report: Report) -> Point:
-    """Job: what a bank reaches at one ratio."""
-    return bank_point(job.adapters, job.ratio, seed=job.seed)
+def fit(job: BankAtRatio, report: Report) -> Point:
+    """Job: fit a bank; bytes and error are those of what it writes."""
+    bank = Bank.fit(job.adapters, ratio=job.ratio, seed=job.seed, progress=_by_stage(report))
+    if job.out is not None:
+        bank.save(job.out)
+    reached = bank.summary()
+    return Point(setting=f"ratio={job.ratio:g}", ratio=reached["ratio"], error=reached["error"])
+
+
+def _by_stage(report: Report) -> Callable[[str, int, int], None]:
+    stages: list[str] = []
+
+    def tell(stage: str, done: int, total: int) -> None:
+        if stage not in stages:
+            stages.append(stage)
+        # how many stages are to come isn't known: each takes half of what is left
+        report(1 - 0.5 ** (len(stages) - 1 + done / max(1, total)))
+
+    return tell
 
 
 def run_jobs(
