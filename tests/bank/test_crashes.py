@@ -15,8 +15,8 @@ from adapterbank.errors import MissingFileError
 from families import make_family
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forked writers")
-KILLS = 70
-"""A kind of change; three kinds make 210."""
+KILLS = 68
+"""A kind of change, half of them at the writer's own system calls; three kinds make 204."""
 WAIT = 60.0
 """Seconds after which a child is given up."""
 
@@ -47,27 +47,30 @@ def status_of(pid: int) -> int:
     raise AssertionError(f"a writer took over {WAIT:g} s")
 
 
-def die_at(moment: int) -> Callable[[], None]:
-    """Replace the writer's system calls by ones that kill the process just before the ``moment``-th of them."""
-    left = moment
+class Deadly:
+    """Replaces the writer's system calls by ones that kill the process just before the ``moment``-th of them."""
 
-    def deadly(call):
-        def wrapped(*arguments, **options):
-            nonlocal left
-            left -= 1
-            if left == 0:
+    def __init__(self, moment: int | None = None) -> None:
+        self.moment, self.calls = moment, 0
+
+    def __enter__(self) -> "Deadly":
+        for name in ("replace", "fsync", "open", "close"):
+            setattr(os, name, self._counted(getattr(os, name)))
+        Path.unlink = self._counted(Path.unlink)
+        store._lock = self._counted(store._lock)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass  # the process ends here
+
+    def _counted(self, call: Callable) -> Callable:
+        def counted(*arguments, **options):
+            self.calls += 1
+            if self.calls == self.moment:
                 os.kill(os.getpid(), signal.SIGKILL)
             return call(*arguments, **options)
 
-        return wrapped
-
-    def arm() -> None:
-        for name in ("replace", "fsync", "open", "close"):
-            setattr(os, name, deadly(getattr(os, name)))
-        Path.unlink = deadly(Path.unlink)
-        store._lock = deadly(store._lock)
-
-    return arm
+        return counted
 
 
 def state(directory: Path) -> tuple[str, ...] | None:
@@ -124,38 +127,46 @@ def changes(small, tiny, directory):
 @pytest.mark.parametrize("change", ["save", "add", "absorb"])
 def test_a_writer_killed_at_any_moment_leaves_the_old_state_or_the_new(small, tiny, tmp_path, change):
     rng = random.Random(0)
-    seen = set()
-    directory = tmp_path / "bank"
+    directory, count = tmp_path / "bank", tmp_path / "count"
     before, after, work = changes(small, tiny, directory)[change]
-    began = time.monotonic()
-    work_time = None
-    for kill in range(KILLS):
-        # put back what was there before, through the same writer: it sweeps what the last one left
+
+    def put_back():
+        # through the same writer: it gets the lock, and sweeps what the last one left
         if before is None:
-            if (directory / store.INDEX).exists():
-                (directory / store.INDEX).unlink()
-        elif state(directory) != before:
+            (directory / store.INDEX).unlink(missing_ok=True)
+        elif state(directory) != before or not swept(directory):
             Bank.load(small).save(directory)
             assert swept(directory)
-        if work_time is None:  # one that lives
-            began = time.monotonic()
-            assert status_of(forked(work)) == 0
-            work_time = time.monotonic() - began
-            assert state(directory) == after
-            continue
-        if kill % 2:  # at one of the writer's own system calls
-            arm = die_at(rng.randrange(1, 25))
-            pid = forked(lambda arm=arm: (arm(), work()))
-        else:  # at any time
+
+    def count_calls():
+        with Deadly() as deadly:
+            work()
+            count.write_text(str(deadly.calls))
+
+    def die_at(moment):
+        with Deadly(moment):
+            work()
+
+    put_back()
+    began = time.monotonic()
+    assert status_of(forked(count_calls)) == 0  # one that lives
+    lasted, calls = time.monotonic() - began, int(count.read_text())
+    assert state(directory) == after
+    seen = []
+    for kill in range(KILLS):
+        put_back()
+        if kill % 2:
+            pid = forked(lambda moment=1 + kill // 2 % calls: die_at(moment))
+        else:
             pid = forked(work)
-            time.sleep(rng.uniform(0, 1.2 * work_time))
+            time.sleep(rng.uniform(0, lasted))
             os.kill(pid, signal.SIGKILL)
         assert status_of(pid) in (0, -signal.SIGKILL)
-        found = state(directory)
-        assert found in (before, after)
-        seen.add(found)
-    assert seen == {before, after}
-    # the next writer gets the lock and sweeps
+        seen.append(state(directory))
+        assert seen[-1] in (before, after)
+    # every system call had its turn, those before the commit and those after it
+    assert calls <= KILLS // 2
+    assert set(seen[1::2]) == {before, after}
     Bank.load(small).save(directory)
     assert swept(directory)
 

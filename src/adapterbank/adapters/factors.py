@@ -45,14 +45,17 @@ class LoraFactors:
 
     @property
     def rank(self) -> int:
+        """``r``."""
         return self.A.shape[0]
 
     @property
     def d_in(self) -> int:
+        """Features that come in."""
         return self.A.shape[1]
 
     @property
     def d_out(self) -> int:
+        """Features that go out."""
         return self.B.shape[0]
 
     def update(self) -> Float[Tensor, "d_out d_in"]:

@@ -14,7 +14,7 @@ from adapterbank.bank.partial import PartialFit
 from adapterbank.bank.plain_fit import fit_plain
 from adapterbank.bank.settings import FitSettings
 from adapterbank.bank.statistics import Directions, even_sample, find_directions, measure
-from adapterbank.bank.writing import bank_bytes, fixed_bytes, write_bank
+from adapterbank.bank.writing import HEADER_BYTES, bank_bytes, fixed_bytes, write_bank
 from adapterbank.codec.allocate import Allocation, ModuleStatistics, allocate
 from adapterbank.codec.entropy import Writer
 from adapterbank.codec.predictive import coefficient_profile, encode_side_basis
@@ -123,7 +123,7 @@ class _PredictiveFit:
                 # small banks move in steps: what can't be met closely is met less closely
                 if best is not None and bank_bytes(best) > (1 - BYTES_TOLERANCE * 1.3**attempt) * room:
                     return best
-            if attempt:  # the first try had other sizes
+            if attempt > sampled:  # the first try had other sizes, and a sample only tells about
                 tried.append((math.log(aim), math.log(max(size - fixed, 1) / (room - fixed))))
             aim = _next_aim(tried) if tried else aim * min(max((room - fixed) / max(size - fixed, 1), 0.2), 5.0)
         if best is None:
@@ -151,12 +151,12 @@ class _PredictiveFit:
         return pack(writer.finish(), np.zeros(0, dtype=np.uint8))
 
     def _sampled_bytes(self, allocation: Allocation) -> int:
-        """Bytes of basis and members, the latter estimated from a few."""
+        """Bytes of basis and members without file headers, the latter estimated from a few."""
         basis = self._basis(allocation)
         coder = self._coder(basis, allocation.slope, None)
         n = len(self.family.adapters)
         sample = even_sample(self.family.names(), SIZE_ADAPTERS)
-        return int(basis.numel()) + sum(coder.code(i).entry.bytes for i in sample) * n // len(sample)
+        return int(basis.numel()) + sum(coder.code(i).entry.bytes - HEADER_BYTES for i in sample) * n // len(sample)
 
 
 def _next_aim(tried: list[tuple[float, float]]) -> float:

@@ -129,20 +129,29 @@ class PredictiveCoder(MemberCoder):
 
     def _within(self, i: int, slots: list[Slot], max_error: float) -> tuple[Tensor, float]:
         """The squared error grows about with the slope, so a few tries bring it just below the promise."""
-        slope, kept, nearest = self.slope, None, math.inf
+        slope, low, high = self.slope, 0.0, math.inf  # slopes that kept the promise, and that broke it
+        kept, share = None, math.inf
         for _ in range(PROMISE_TRIES):
             payload, squared = self._at(i, slots, slope)
-            share = math.sqrt(squared) / max_error
-            nearest = min(nearest, share)
-            if share <= 1 and (kept is None or payload.numel() < kept[0].numel()):
-                kept = (payload, squared)
-            if PROMISE_SLACK <= share <= 1 or squared == 0:
+            last, share = share, math.sqrt(squared) / max_error
+            if share <= 1:
+                low = slope
+                kept = payload, squared
+                if share >= PROMISE_SLACK or squared == 0:
+                    break
+            else:
+                high = slope
+            if high < 1.03 * low:
                 break
             slope *= min(max((0.985 / max(share, 1e-3)) ** 2, 1e-3), 30.0)
+            if share > 1 and share > 0.98 * last:
+                slope /= 4  # a plateau: dropped pairs come back only at a much smaller slope
+            if not 1.02 * low < slope < high / 1.02:
+                slope = math.sqrt(max(low, 1e-6 * high) * min(high, 1e6 * max(low, 1e-300)))
         if kept is None:
             raise BankError(
                 f"adapter {self.family.adapters[i].name!r}: an error of {max_error:g} can't be kept, the best found is "
-                f"{nearest * max_error:.2g}; ask for a larger one or turn quantisation off"
+                f"{share * max_error:.4g}; ask for a larger one or turn quantisation off"
             )
         return kept
 
