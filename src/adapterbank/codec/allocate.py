@@ -220,12 +220,13 @@ class _Model:
         pair = pair_error + slope * pair_bits
         keep = pair < self.weight[:, None]
         pair = np.where(keep, pair, self.weight[:, None])
-        cost = np.full(side.sizes.shape, np.inf)
+        cost: np.ndarray = np.full(side.sizes.shape, np.inf)
         for g in range(cost.shape[1]):
             passed = self._passed_on(side.explained[:, g], lost[:, g], keep[:, g])
             shared_bits, shared_error = side.shared(passed, side.sizes[:, g], slope)
             cost[:, g] = self._sum(pair[:, g]) + shared_error + slope * shared_bits
-        return np.where(side.allowed, cost, np.inf).argmin(axis=1)
+        best: np.ndarray = np.where(side.allowed, cost, np.inf).argmin(axis=1)
+        return best
 
     def _module_costs(
         self, slope: float, choice: Int[np.ndarray, "2 m"]
@@ -252,4 +253,5 @@ class _Model:
         """Share of a basis direction's own error that reaches the updates: coded remainders mend the rest."""
         importance = self.weight * explained * keep
         reaching = importance * np.where(explained < 1, lost, 1.0)
-        return np.clip(self._sum(reaching) / np.maximum(self._sum(importance), 1e-300), 1e-6, 1.0)
+        share: np.ndarray = self._sum(reaching) / np.maximum(self._sum(importance), 1e-300)
+        return share.clip(1e-6, 1.0)
