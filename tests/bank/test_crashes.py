@@ -15,8 +15,8 @@ from adapterbank.errors import MissingFileError
 from families import make_family
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forked writers")
-KILLS = 68
-"""A kind of change, half of them at the writer's own system calls; three kinds make 204."""
+KILLS = 80
+"""A kind of change, half of them at the writer's own system calls; three kinds make 240."""
 WAIT = 60.0
 """Seconds after which a child is given up."""
 
