@@ -348,7 +348,9 @@ class Bank:
         members = dict(self._index.members)
         for i, name in enumerate(family.names()):
             coded = code(i)
-            store.write_file(self._staging.path, store.member_file(coded.entry.sha256), coded.data, coded.entry.sha256)
+            store.write_file(
+                self._staging.path, store.member_file(coded.entry.sha256), coded.data, coded.entry.sha256, durable=False
+            )
             members[name] = coded.entry
             if progress:
                 progress("coding adapters", i + 1, len(family.adapters))

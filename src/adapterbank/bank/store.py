@@ -90,11 +90,19 @@ def gone(path: Path) -> MissingFileError:
     return MissingFileError(f"{path} is gone: another process has changed the bank since it was opened, load it again")
 
 
-def write_file(directory: Path, name: str, data: bytes, sha256: str) -> None:
-    """Write a file that the index does not name yet; one that is there and whole is left alone."""
+def write_file(directory: Path, name: str, data: bytes, sha256: str, *, durable: bool = True) -> None:
+    """Write a file that the index does not name yet; one that is there and whole is left alone.
+
+    Args:
+        directory: Where to.
+        name: Name of the file.
+        data: Its content.
+        sha256: Hash of the content.
+        durable: Wait until the disk has it; needless for files that are copied again when the bank is saved.
+    """
     path = directory / name
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        _replace(directory, name, data)
+        _replace(directory, name, data, durable)
 
 
 def commit(directory: Path, index: BankIndex) -> None:
@@ -139,13 +147,14 @@ def _lock(handle: int) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX)
 
 
-def _replace(directory: Path, name: str, data: bytes) -> None:
+def _replace(directory: Path, name: str, data: bytes, durable: bool = True) -> None:
     temporary = directory / f".{secrets.token_hex(4)}.tmp"
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, directory / name)
     except OSError as error:
         raise BankError(f"{directory / name} can't be written: {error.strerror or error}") from error

@@ -26,11 +26,13 @@ def write_bank(
     """Code every adapter, write basis and members, and return the index that names them."""
     family = coder.family
     data, digest = store.serialise({"payload": basis})
-    store.write_file(directory, store.basis_file(digest), data, digest)
+    store.write_file(directory, store.basis_file(digest), data, digest, durable=False)
     members = {}
     for i, adapter in enumerate(family.adapters):
         coded = coder.code(i)
-        store.write_file(directory, store.member_file(coded.entry.sha256), coded.data, coded.entry.sha256)
+        store.write_file(
+            directory, store.member_file(coded.entry.sha256), coded.data, coded.entry.sha256, durable=False
+        )
         members[adapter.name] = coded.entry
         if progress:
             progress("coding adapters", i + 1, len(family.adapters))

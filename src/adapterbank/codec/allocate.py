@@ -9,6 +9,8 @@ from jaxtyping import Float, Int
 
 from adapterbank.codec.cost import PAIR_OVERHEAD, PairCost, SideEnergy, basis_cost, gaussian_cost, pair_cost
 
+LEAST_LOG_SLOPE, MOST_LOG_SLOPE = -70.0, 4.0
+"""Range of the slope, as powers of 2: from beyond float32's precision to nothing coded at all."""
 SHARING_MARGIN = 0.002
 """Share of its cost a module must save before it gets a basis: less than that is the model's own error."""
 
@@ -89,26 +91,52 @@ def allocate(
         raise ValueError(f"give bits or error, not both: bits={bits}, error={error}")
     model = _Model(modules, adapters, sampled or adapters)
 
-    def too_high(found: Allocation) -> bool:
-        # bits fall and the error grows with the slope
-        return found.bits < bits if bits is not None else found.error > float(error or 0)
+    def at_target(choice: Int[np.ndarray, "2 m"], guess: float) -> Allocation:
+        def excess(log_slope: float) -> float:
+            found = model.evaluate(2.0**log_slope, choice)
+            if bits is not None:
+                return math.log(max(found.bits, 1e-9) / bits)
+            return math.log(float(error or 0) / max(found.error, 1e-30))
 
-    given = sizes or (None if fixed_k is None else ((fixed_k, fixed_k),) * len(modules))
-    choice = model.fixed(given or ((0, 0),) * len(modules))
-    low, high = -60.0, 2.0  # log2 of the slope
-    for rounds, reach in ((9, 4.0), (8, 2.0), (16, 0.0)):  # the sizes follow the slope: choose again as it settles
-        low, high, middle = _bisect(lambda x: too_high(model.evaluate(2.0**x, choice)), low, high, rounds)  # noqa: B023
-        if given is None and reach:
-            choice = model.choose(2.0**middle)
-        low, high = middle - reach, middle + reach
-    return model.evaluate(2.0**middle, choice)
+        return model.evaluate(2.0 ** _root(excess, guess), choice)
+
+    if sizes is not None or fixed_k is not None:
+        return at_target(model.fixed(sizes or ((int(fixed_k or 0),) * 2,) * len(modules)), -20.0)
+    found: list[Allocation] = []
+    for choice in (model.private(), model.largest()):
+        # sizes follow the slope and the slope follows the sizes; where sharing begins to pay, both ends are stable
+        for _ in range(3):
+            found.append(at_target(choice, math.log2(found[-1].slope) if found else -20.0))
+            choice, before = model.choose(found[-1].slope), choice
+            if (choice == before).all():
+                break
+    return min(found, key=lambda a: a.error if bits is not None else a.bits)
 
 
-def _bisect(above: Callable[[float], bool], low: float, high: float, rounds: int) -> tuple[float, float, float]:
-    for _ in range(rounds):
-        middle = (low + high) / 2
-        low, high = (low, middle) if above(middle) else (middle, high)
-    return low, high, (low + high) / 2
+def _root(excess: Callable[[float], float], guess: float) -> float:
+    """Where a falling function of the slope's logarithm is 0: a bracket around the guess, then false position."""
+    low = high = guess
+    below = above = excess(guess)
+    step = 2.0
+    while below < 0 and low > LEAST_LOG_SLOPE:
+        low -= step
+        below, step = excess(low), 2 * step
+    while above > 0 and high < MOST_LOG_SLOPE:
+        high += step
+        above, step = excess(high), 2 * step
+    for _ in range(30):
+        if high - low < 1e-3 or below < 0 or above > 0:
+            break
+        # Illinois: halve the weight of an end that stays, or false position creeps towards it
+        middle = min(max(low + (high - low) * below / max(below - above, 1e-300), low + 1e-4), high - 1e-4)
+        value = excess(middle)
+        if abs(value) < 1e-4:
+            return middle
+        if value > 0:
+            low, below, above = middle, value, above / 2
+        else:
+            high, above, below = middle, value, below / 2
+    return (low + high) / 2
 
 
 class _Side:
@@ -188,10 +216,17 @@ class _Model:
             error=math.sqrt(max(float(error.sum()), 0.0) / max(self.adapters, 1)),
         )
 
+    def private(self) -> Int[np.ndarray, "2 m"]:
+        """The choice of no shared direction at all."""
+        return np.zeros_like(self.largest())
+
+    def largest(self) -> Int[np.ndarray, "2 m"]:
+        """The choice of all directions there are."""
+        return np.stack([side.allowed.sum(axis=1) - 1 for side in self.sides])
+
     def choose(self, slope: float) -> Int[np.ndarray, "2 m"]:
         """The choice that costs each module least at a slope."""
-        largest = np.stack([side.allowed.sum(axis=1) - 1 for side in self.sides])
-        private = np.zeros_like(largest)
+        private, largest = self.private(), self.largest()
         # sharing on one side may pay only once the other side shares: start from both ends
         found = [private, self._descend(private, slope), self._descend(largest, slope)]
         totals = []
