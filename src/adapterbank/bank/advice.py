@@ -1,6 +1,6 @@
 """In one sentence: did sharing pay?"""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,7 +81,7 @@ def _saving(bank: Bank, family: Family, error: float) -> float:
         members = bank.index.members.values()
         part = values_of(family) * len(bank) / len(family.adapters) / sum(m.values for m in members)
         return 1 - 8 * part * (bank.index.basis_bytes + sum(m.bytes for m in members)) / alone if alone else 0.0
-    decoded: Sequence[ModuleBasis | PlainBasis] = bank._decoded_bases()
+    decoded = bank.bases
     bases = {module.name: basis for module, basis in zip(bank.index.modules, decoded, strict=True)}
     share = len(bank) / sampled
     stored = [_stored_directions(family, name, bases[name], share) for name in family.module_names()]

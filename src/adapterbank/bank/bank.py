@@ -12,28 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterbank.adapters import LoraAdapter, LoraFactors, check_name
+from adapterbank.adapters import LoraAdapter, check_name
 from adapterbank.bank import store
-from adapterbank.bank.coding import (
-    Pair,
-    PlainBasis,
-    Slot,
-    decode_plain,
-    decode_plain_bases,
-    decode_predictive,
-    decode_predictive_bases,
-)
 from adapterbank.bank.family import Family, Progress, Refused, Source, named_sources, open_family
 from adapterbank.bank.fit import fit_bank
 from adapterbank.bank.index import BankIndex, MemberEntry
 from adapterbank.bank.members import MemberCoder, MemberConfigs, PlainCoder, PredictiveCoder
 from adapterbank.bank.partial import PartialFit
+from adapterbank.bank.restoring import Basis, decode_bases, relative_error, restore
 from adapterbank.bank.settings import FitSettings, parse_bytes
 from adapterbank.bank.writing import bank_bytes
-from adapterbank.codec.predictive import ModuleBasis
 from adapterbank.errors import BankError, UnknownNameError
 from adapterbank.subspace.eigenlora import Mean
-from adapterbank.subspace.updates import difference_norm, thin_svd
 
 Sources = Mapping[str, Source] | Iterable[Source]
 
@@ -49,7 +39,7 @@ class Bank:
         self._index = index
         self._directory = directory
         self._staging = _Staging()
-        self._bases: list[ModuleBasis] | list[PlainBasis] | None = None
+        self._bases: Sequence[Basis] | None = None
         self.refused: list[Refused] = []
         """Adapters that the last fit, add or absorb left out, with ``skip_bad``."""
 
@@ -253,10 +243,17 @@ class Bank:
             "directions": self.directions(),
         }
 
+    @property
+    def bases(self) -> Sequence[Basis]:
+        """Decoded shared directions of each module, in the order of ``index.modules``; read on first use."""
+        if self._bases is None:
+            basis = self._index.basis
+            self._bases = decode_bases(self._index, self._read(store.basis_file(basis), basis)["payload"])
+        return self._bases
+
     def directions(self) -> dict[str, tuple[int, int]]:
         """Shared directions ``(k_in, k_out)`` of each module."""
-        bases: Sequence[ModuleBasis | PlainBasis] = self._decoded_bases()
-        return {m.name: (b.side_in.k, b.side_out.k) for m, b in zip(self._index.modules, bases, strict=True)}
+        return {m.name: (b.side_in.k, b.side_out.k) for m, b in zip(self._index.modules, self.bases, strict=True)}
 
     # --- members back -----------------------------------------------------------------------------------------------
 
@@ -269,15 +266,7 @@ class Bank:
         """
         entry = self[name]
         tensors = self._read(store.member_file(entry.sha256), entry.sha256)
-        slots, pairs = self._decode(tensors["payload"], name)
-        present = [(m, s) for m, s in zip(self._index.modules, slots, strict=True) if s.rank]
-        factors = {
-            module.name: _factors(pair, slot, entry.scales, name)
-            for (module, slot), pair in zip(present, pairs, strict=True)
-        }
-        extras = {key.removeprefix("extra."): value for key, value in tensors.items() if key.startswith("extra.")}
-        config = self._index.configs[entry.config] if entry.config < len(self._index.configs) else {}
-        return LoraAdapter.from_factors(name, factors, base=self._index.base, config=config, extras=extras)
+        return restore(self._index, self.bases, name, tensors)
 
     def export(self, name: str, directory: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
         """Write a member as an ordinary PEFT directory; see ``LoraAdapter.save``."""
@@ -306,7 +295,7 @@ class Bank:
                 if isinstance(source, LoraAdapter)
                 else LoraAdapter.load(source, name=name, allow_pickle=allow_pickle)
             )
-            errors[name or original.name] = _relative_error(original, self.reconstruct(name or original.name))
+            errors[name or original.name] = relative_error(original, self.reconstruct(name or original.name))
         return errors
 
     # --- changes ----------------------------------------------------------------------------------------------------
@@ -488,32 +477,13 @@ class Bank:
         return open_family(_several(adapters), into=family, **options)
 
     def _coder(self, family: Family, configs: MemberConfigs) -> MemberCoder:
-        bases: Any = self._decoded_bases()
+        bases: Any = self.bases
         settings = self._settings()
         if self._index.coding != "predictive":
             return PlainCoder(family, self._index.modules, configs, bases=bases, settings=settings)
         return PredictiveCoder(
             family, self._index.modules, configs, bases=bases, slope=self._index.slope, max_error=settings.error
         )
-
-    def _decoded_bases(self) -> list[ModuleBasis] | list[PlainBasis]:
-        if self._bases is None:
-            payload = self._read(store.basis_file(self._index.basis), self._index.basis)["payload"]
-            if self._index.coding == "predictive":
-                self._bases = decode_predictive_bases(payload, self._index.modules)
-            else:
-                self._bases = decode_plain_bases(payload, self._index.modules, self._settings().plain_bits)
-        return self._bases
-
-    def _decode(self, payload: Tensor, name: str) -> tuple[list[Slot], list[Pair]]:
-        bases: Any = self._decoded_bases()
-        values = self[name].values
-        try:
-            if self._index.coding == "predictive":
-                return decode_predictive(payload, bases, self._index.modules, values)
-            return decode_plain(payload, bases, self._index.modules, values, self._settings().plain_bits)
-        except BankError as error:
-            raise BankError(f"member {name!r}: {error}") from error
 
     def _find(self, name: str) -> Path:
         staged = self._staging.path / name
@@ -541,32 +511,3 @@ def _several(adapters: Sources | Source) -> Sources:
 
 def _few(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none at all"
-
-
-def _factors(pair: Pair, slot: Slot, scales: tuple[float, ...], member: str) -> LoraFactors:
-    A, B = pair
-    if len(A) > slot.rank or slot.scale >= len(scales):
-        raise BankError(f"member {member!r} is damaged: {len(A)} pairs at rank {slot.rank}, scale {slot.scale}")
-    if not (A.isfinite().all() and B.isfinite().all()):
-        raise BankError(f"member {member!r} is damaged: it holds values that are not finite")
-    scale = scales[slot.scale]
-    # pairs that were not worth their bytes come back as zeros, so that shapes and keys stay
-    missing = slot.rank - len(A)
-    A = torch.nn.functional.pad(A, (0, 0, 0, missing))
-    B = torch.nn.functional.pad(B, (0, missing))
-    return LoraFactors(A=A, B=B / scale if scale else torch.zeros_like(B), scale=scale)
-
-
-def _relative_error(original: LoraAdapter, restored: LoraAdapter) -> float:
-    if dict(original.modules) != dict(restored.modules):
-        raise BankError(f"member {restored.name!r} has other modules or ranks than {original.name!r} as given")
-    for extra in original.extra_names:
-        if extra not in restored.extra_names or not torch.equal(original.extra(extra), restored.extra(extra)):
-            raise BankError(f"member {restored.name!r}: {extra} is not the one of {original.name!r} as given")
-    energy = lost = 0.0
-    for module in original.modules:
-        mine, theirs = original.factors(module), restored.factors(module)
-        update = thin_svd(mine.A, mine.B, mine.scale)
-        energy += float(update.S.double().square().sum())
-        lost += difference_norm(update, theirs.A, theirs.B * theirs.scale) ** 2
-    return float((lost / energy) ** 0.5) if energy else 0.0

@@ -72,6 +72,11 @@ class BankIndex:
     """Distinct adapter configs, less ranks, scales and base."""
     members: Mapping[str, MemberEntry] = field(default_factory=dict)
 
+    @property
+    def plain_bits(self) -> int:
+        """Bits of a value in the plain codings."""
+        return 32 if self.coding == "float32" else 16
+
     def to_json(self) -> str:
         """One member a line, so that a bank of thousands can still be read and compared."""
         data = {"format": FORMAT} | {f.name: getattr(self, f.name) for f in fields(self)}
