@@ -106,14 +106,15 @@ class _PredictiveFit:
                 f"{room} bytes can't hold this bank: its index alone takes about {fixed}; ask for more bytes, or fewer "
                 "adapters"
             )
-        aim, sizes, best = float(room - fixed), None, None
+        aim, sizes, best, n = float(room - fixed), None, None, len(self.family.adapters)
         tried: list[tuple[float, float]] = []
-        sampled = len(self.family.adapters) > 2 * SIZE_ADAPTERS
+        # tries in which a few adapters tell about all
+        previews = 2 if n > 2 * SIZE_ADAPTERS else int(n > SIZE_ADAPTERS // 2)
         for attempt in range(BYTES_TRIES):
             # once the model's bytes are put right, the basis stays: choosing again would move the target
             allocation = self.allocation(bits=8 * aim, sizes=sizes)
             sizes = allocation.sizes if attempt else None
-            if sampled and attempt < 2:
+            if attempt < previews:
                 size = fixed + self._sampled_bytes(allocation)
             else:
                 index = self.write(allocation, None)
@@ -123,7 +124,7 @@ class _PredictiveFit:
                 # small banks move in steps: what can't be met closely is met less closely
                 if best is not None and bank_bytes(best) > (1 - BYTES_TOLERANCE * 1.3**attempt) * room:
                     return best
-            if attempt > sampled:  # the first try had other sizes, and a sample only tells about
+            if attempt >= max(previews, 1):  # the first try had other sizes, and a preview is no measurement
                 tried.append((math.log(aim), math.log(max(size - fixed, 1) / (room - fixed))))
             aim = _next_aim(tried) if tried else aim * min(max((room - fixed) / max(size - fixed, 1), 0.2), 5.0)
         if best is None:
@@ -155,7 +156,7 @@ class _PredictiveFit:
         basis = self._basis(allocation)
         coder = self._coder(basis, allocation.slope, None)
         n = len(self.family.adapters)
-        sample = even_sample(self.family.names(), SIZE_ADAPTERS)
+        sample = even_sample(self.family.names(), min(SIZE_ADAPTERS, max(n // 4, 2)))
         return int(basis.numel()) + sum(coder.code(i).entry.bytes - HEADER_BYTES for i in sample) * n // len(sample)
 
 

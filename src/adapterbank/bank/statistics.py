@@ -18,7 +18,9 @@ from adapterbank.subspace.moments import SecondMoment
 MOST_DIRECTIONS = 256
 """Shared directions a side that the allocation may choose from; more have not paid in any family measured."""
 STATISTICS_ADAPTERS = 48
-"""Adapters whose spectra decide where the bytes go, evenly spaced over the family."""
+"""Most adapters whose spectra decide where the bytes go, evenly spaced over the family."""
+STATISTICS_PAIRS = 8192
+"""Singular pairs that are enough for it: fewer adapters are taken where each has many, but at least 8."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,7 +96,9 @@ def measure(
     family: Family, directions: list[Directions], progress: Progress | None
 ) -> tuple[list[ModuleStatistics], int]:
     """Statistics of every module over an even sample of the adapters, and the size of the sample."""
-    sample = even_sample(family.names(), STATISTICS_ADAPTERS)
+    pairs = sum(shape.rank for adapter in family.adapters for shape in adapter.modules.values())
+    enough = max(8, STATISTICS_PAIRS * len(family.adapters) // max(pairs, 1))
+    sample = even_sample(family.names(), min(STATISTICS_ADAPTERS, enough))
     chosen = [i for i in sample if family.weight(i) > 0]
     statistics = []
     for done, found in enumerate(directions, start=1):

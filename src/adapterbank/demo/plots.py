@@ -67,7 +67,8 @@ def _mean(curves: Sequence[Float[Tensor, " _"]]) -> Float[Tensor, " q"]:
 
 def _draw(axis: "Axes", points: Sequence[Point], **style: Any) -> None:
     ordered = sorted(points, key=lambda point: point.ratio)
-    axis.plot([point.ratio for point in ordered], [point.error for point in ordered], **style)
+    line = "-" if len(ordered) > 1 else ""
+    axis.plot([point.ratio for point in ordered], [point.error for point in ordered], linestyle=line, **style)
 
 
 def _figure(panels: int, title: str) -> "tuple[Figure, list[Axes]]":

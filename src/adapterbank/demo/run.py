@@ -25,7 +25,7 @@ from adapterbank.errors import AdapterBankError
 Tell = Callable[[str, int, int], None]
 """``tell(stage, done, total)``, as in ``Bank.fit``."""
 
-RATIOS = (3.75, 7.5, 15.0, 30.0, 60.0)
+RATIOS = (4.0, 8.0, 16.0, 32.0, 64.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,7 +114,8 @@ def run_jobs(
                     progress(sum(done), len(jobs))
             return [future.result() for future in futures]
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            # waits: a process still starting up would print a traceback about the queue that is gone
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 _reports: Any = None
