@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from families import make_family
 
 ROOT = Path(__file__).parent.parent

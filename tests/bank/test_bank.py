@@ -488,7 +488,7 @@ def test_verify_tells_another_adapter_from_the_original(bank, planted, later, tm
 def test_verify_compares_task_heads(adapter_dirs):
     bank = Bank.fit(adapter_dirs, max_error=0.1)
     assert max(bank.verify(adapter_dirs).values()) <= 0.1
-    with pytest.raises(BankError, match=r"score\.weight is not the one"):
+    with pytest.raises(BankError, match=r"has another score\.weight"):
         bank.verify({"adapter_000": adapter_dirs[1]})
 
 

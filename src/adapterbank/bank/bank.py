@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ class Bank:
             base: Id of the base model, instead of what the adapters say, which is then not compared.
             skip_bad: Leave out adapters that can't be used and list them in ``refused``.
             allow_pickle: Also read ``.bin`` adapters.
-            seed: For what is drawn at random; the same seed gives the same bytes.
+            seed: Of the randomised range finder for large families; the same seed gives the same bytes.
             partial: Joined sketches of these adapters, from :meth:`partial`.
             progress: Called with ``(stage, done, total)``.
 
@@ -366,7 +367,9 @@ class Bank:
         _ = self[old]
         check_name(new)
         if any(n.casefold() == new.casefold() for n in self.names if n != old):
-            raise BankError(f"the bank has a member {new!r} already; names differ by more than case")
+            raise BankError(
+                f"the bank has a member {new!r} already; names must differ by more than upper and lower case"
+            )
         self._index = replace(
             self._index, members={(new if n == old else n): m for n, m in self._index.members.items()}
         )
@@ -416,19 +419,34 @@ class Bank:
 
         Members are taken as the bank holds them; errors become bounds as in :meth:`absorb`.
         """
-        settings = replace(self._settings(), k=k)
+        settings = self._settings()
+        # a default promise is no argument that is stored; beside a k it has to be said
+        settings = replace(settings, k=k, max_error=settings.error)
         family = open_family({name: self.reconstruct(name) for name in self.names}, base=self._index.base)
         self._become(Bank._fitted(family, settings, None, progress), dict(self._index.members))
 
     @classmethod
-    def combine(cls, first: "Bank", second: "Bank", *, progress: Progress | None = None, **arguments: Any) -> "Bank":
+    def combine(
+        cls,
+        first: "Bank",
+        second: "Bank",
+        *,
+        ratio: float | None = None,
+        budget: int | str | None = None,
+        max_error: float | None = None,
+        k: int | None = None,
+        progress: Progress | None = None,
+    ) -> "Bank":
         """Fit one bank on the members of two, taken as the banks hold them.
 
         Args:
             first: A bank.
             second: Another one, of the same base model, with no name in common.
+            ratio: As in :meth:`fit`; without any target the arguments of ``first`` are taken.
+            budget: As in :meth:`fit`.
+            max_error: As in :meth:`fit`.
+            k: As in :meth:`fit`.
             progress: Called with ``(stage, done, total)``.
-            **arguments: As in :meth:`fit`; by default those of ``first``.
 
         Raises:
             AdapterError: If both have a member of one name, or they don't belong together.
@@ -436,7 +454,10 @@ class Bank:
         family = Family()
         for bank in (first, second):
             family = open_family([bank.reconstruct(name) for name in bank.names], into=family)
-        settings = FitSettings(**arguments) if arguments else first._settings()
+        settings = first._settings()
+        if any(given is not None for given in (ratio, budget, max_error, k)):
+            size = None if budget is None else parse_bytes(budget)
+            settings = FitSettings(ratio=ratio, budget=size, max_error=max_error, k=k)
         bank = cls._fitted(family, settings, None, progress)
         bank._bound({**first._index.members, **second._index.members})
         return bank
@@ -486,8 +507,7 @@ class Bank:
         )
 
     def _find(self, name: str) -> Path:
-        staged = self._staging.path / name
-        return staged if staged.exists() else self._directory / name
+        return (self._staging.path if self._staging.holds(name) else self._directory) / name
 
     def _read(self, name: str, sha256: str) -> dict[str, Tensor]:
         tensors = store.read_file(self._find(name).parent, name, sha256)
@@ -497,12 +517,19 @@ class Bank:
 
 
 class _Staging:
-    """A directory for the files of changes that are not saved yet; gone with the object."""
+    """A directory for the files of changes that are not saved yet; made on first use, gone with the object."""
 
-    def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="adapterbank-"))
+    @cached_property
+    def path(self) -> Path:
+        """The directory."""
+        made = Path(tempfile.mkdtemp(prefix="adapterbank-"))
         # TemporaryDirectory would do the same, with a warning
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+        weakref.finalize(self, shutil.rmtree, made, ignore_errors=True)
+        return made
+
+    def holds(self, name: str) -> bool:
+        """Whether a file is in it."""
+        return "path" in self.__dict__ and (self.path / name).exists()
 
 
 def _several(adapters: Sources | Source) -> Sources:

@@ -71,7 +71,7 @@ class _PredictiveFit:
     ) -> None:
         self.family, self.settings, self.directory, self.progress = family, settings, directory, progress
         self.configs = MemberConfigs()
-        self.directions: list[Directions] = find_directions(family, settings.k, partial, progress)
+        self.directions: list[Directions] = find_directions(family, settings.k, partial, progress, settings.seed)
         self.modules = [found.module for found in self.directions]
         self.statistics: list[ModuleStatistics]
         self.statistics, self.sampled = measure(family, self.directions, progress)

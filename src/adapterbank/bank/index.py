@@ -36,7 +36,7 @@ class MemberEntry:
     source: str
     """First 16 digits of the sha256 of the weights it was made from; empty if it was made in memory."""
     source_bytes: int
-    """Bytes of those weights as they were stored."""
+    """Bytes of those weights as they were stored, task head apart."""
     values: int
     """Values of all A and B."""
     bytes: int

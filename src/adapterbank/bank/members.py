@@ -70,11 +70,12 @@ class MemberCoder:
         payload, squared_error = self.payload(i, [self._slot(i, m.name, scales) for m in self.modules])
         bare, _ = store.serialise({"payload": payload})
         extras = {f"extra.{name}": adapter.extra(name).contiguous() for name in adapter.extra_names}
+        heads = sum(tensor.numel() * tensor.element_size() for tensor in extras.values())
         data, digest = store.serialise({"payload": payload} | extras)
         entry = MemberEntry(
             sha256=digest,
             source=adapter.source_hash()[:16],
-            source_bytes=adapter.source_bytes,
+            source_bytes=max(adapter.source_bytes - heads, 0),
             values=self.family.values(i),
             bytes=len(bare),
             r=adapter.rank,

@@ -119,7 +119,7 @@ def _basis(
     if settings.k is not None:
         check_k(family, module, k)
     sketch = PartialFit.of_module(family, module) if partial is None else partial.module(module)
-    side_in, side_out = (_rows(moment.basis(min(k, moment.rank_bound))[0]) for moment in sketch)
+    side_in, side_out = (_rows(moment.basis(min(k, moment.rank_bound), seed=settings.seed)[0]) for moment in sketch)
     return PlainBasis(side_in=side_in, side_out=side_out)
 
 

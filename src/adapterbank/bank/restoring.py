@@ -89,7 +89,10 @@ def relative_error(original: LoraAdapter, restored: LoraAdapter) -> float:
         raise BankError(f"member {restored.name!r} has other modules or ranks than {original.name!r} as given")
     for extra in original.extra_names:
         if extra not in restored.extra_names or not torch.equal(original.extra(extra), restored.extra(extra)):
-            raise BankError(f"member {restored.name!r}: {extra} is not the one of {original.name!r} as given")
+            raise BankError(
+                f"member {restored.name!r} has another {extra} than the adapter given as {original.name!r}; "
+                "is it the right original?"
+            )
     energy = lost = 0.0
     for module in original.modules:
         mine, theirs = original.factors(module), restored.factors(module)

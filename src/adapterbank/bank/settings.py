@@ -10,8 +10,8 @@ from adapterbank.errors import BankError
 from adapterbank.subspace.eigenlora import Mean
 
 DEFAULT_MAX_ERROR = 0.05
-_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([kMGT]?i?)[bB]?\s*")
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([kMGT]?i?)b?\s*", re.IGNORECASE)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +46,15 @@ class FitSettings:
             raise BankError(f"give one target, not {' and '.join(targets)}")
         for name in targets:
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise BankError(f"{name} must be a positive number, not {value}")
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (number and math.isfinite(value) and value > 0):
+                raise BankError(f"{name} must be a positive number, not {value!r}")
         if self.method not in METHODS:
             raise BankError(f"method {self.method!r} is unknown; choose one of {', '.join(METHODS)}")
         if self.mean not in ("affine", "drop", "none"):
             raise BankError(f"mean {self.mean!r} is unknown; choose affine, drop or none")
-        if self.k is not None and self.k < 1:
-            raise BankError(f"k must be at least 1, not {self.k}")
+        if self.k is not None and (not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1):
+            raise BankError(f"k must be at least 1 and whole, not {self.k!r}")
         if self.method != "product" and self.k is None and self.max_error is not None:
             raise BankError(f"method {self.method!r} does not fit to an error; give k, ratio or budget")
         if self.method != "product" and not targets and self.k is None:
@@ -103,6 +104,6 @@ def parse_bytes(text: str | int) -> int:
         BankError: If it is none of these.
     """
     match = _SIZE.fullmatch(str(text))
-    if match is None or int(float(match[1]) * _UNITS[match[2]]) < 1:
-        raise BankError(f"{text!r} is no size in bytes; write 20MB, 1.5GiB or 20000000")
-    return int(float(match[1]) * _UNITS[match[2]])
+    if match is None or int(float(match[1]) * _UNITS[match[2].lower()]) < 1:
+        raise BankError(f"{text!r} is no size in bytes; write 300kB, 20MB, 1.5GiB or 20000000")
+    return int(float(match[1]) * _UNITS[match[2].lower()])

@@ -56,7 +56,7 @@ def check_k(family: Family, module: ModuleEntry, k: int) -> None:
 
 
 def find_directions(
-    family: Family, k: int | None, partial: PartialFit | None, progress: Progress | None
+    family: Family, k: int | None, partial: PartialFit | None, progress: Progress | None, seed: int = 0
 ) -> list[Directions]:
     """Leading eigenvectors of every module, from a sketch or from the adapters.
 
@@ -65,6 +65,7 @@ def find_directions(
         k: Exactly so many; as many as may pay by default.
         partial: A sketch of the family.
         progress: Called after each module.
+        seed: Of the randomised range finder.
 
     Raises:
         BankError: If a module has fewer than ``k``.
@@ -76,19 +77,19 @@ def find_directions(
             check_k(family, module, k)
         sketch = PartialFit.of_module(family, module) if partial is None else partial.module(module)
         members = sum(name in a.modules for a in family.adapters)
-        (V, weight_in), (U, weight_out) = (_leading(moment, k, members) for moment in sketch)
+        (V, weight_in), (U, weight_out) = (_leading(moment, k, members, seed) for moment in sketch)
         found.append(Directions(module=module, V=V, U=U, weight_in=weight_in, weight_out=weight_out))
         if progress:
             progress("finding shared directions", done, len(family.modules))
     return found
 
 
-def _leading(moment: SecondMoment, k: int | None, members: int) -> tuple[Tensor, np.ndarray]:
+def _leading(moment: SecondMoment, k: int | None, members: int, seed: int) -> tuple[Tensor, np.ndarray]:
     # one adapter shares nothing with anybody
     size = k if k is not None else min(moment.rank_bound, MOST_DIRECTIONS) if members > 1 else 0
     if size == 0:
         return torch.zeros(0, moment.d), np.zeros(0)
-    directions, energy = moment.basis(size)
+    directions, energy = moment.basis(size, seed=seed)
     return directions, energy[:size].double().numpy()
 
 

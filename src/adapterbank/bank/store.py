@@ -1,4 +1,4 @@
-"""A bank's directory: files named by their content, and ``bank.json`` as the one commit point (design.md, section 4).
+"""A bank's directory: files named by their content, and ``bank.json`` as the one commit point (docs/format.md).
 
 Files are written before the index that names them, and the index is replaced in one step. So a reader sees the old
 bank or the new one, whatever moment a writer dies at; what a dead writer left behind is swept by the next one.
@@ -114,6 +114,17 @@ def commit(directory: Path, index: BankIndex) -> None:
             path.unlink(missing_ok=True)
 
 
+def check_free(directory: Path) -> None:
+    """Refuse a directory that holds something, but no bank; what a writer that died has left is no reason.
+
+    Raises:
+        BankError: If there is a file in it that is none of a bank's.
+    """
+    strangers = [p.name for p in directory.iterdir() if p.name not in (INDEX, LOCK) and not _OURS.fullmatch(p.name)]
+    if strangers and not (directory / INDEX).exists():
+        raise BankError(f"{directory} holds {min(strangers)!r} and no bank; give a new or empty directory")
+
+
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Hold the bank's writer lock, which the system releases when the process dies.
@@ -123,9 +134,7 @@ def locked(directory: Path) -> Iterator[None]:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        strangers = [p.name for p in directory.iterdir() if p.name not in (INDEX, LOCK) and not _OURS.fullmatch(p.name)]
-        if strangers and not (directory / INDEX).exists():
-            raise BankError(f"{directory} holds {strangers[0]!r} and no bank; give a new or empty directory")
+        check_free(directory)
         handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise BankError(f"{directory} can't be written to: {error.strerror or error}") from error

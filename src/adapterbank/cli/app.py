@@ -41,6 +41,7 @@ app = typer.Typer(
     cls=Group,
     name="adapterbank",
     no_args_is_help=True,
+    add_completion=False,
     # plain help: the same text in a terminal, in a pipe and in docs/cli.md
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

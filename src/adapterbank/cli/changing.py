@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from adapterbank.cli.app import BankPath, Json, bars, count, print_json, say
+from adapterbank.cli.app import BankPath, Json, bars, count, fail, print_json, say
+from adapterbank.cli.members import error_text
 
 
 class Dtype(str, Enum):
@@ -63,6 +64,7 @@ def export(
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Members.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every member.")] = False,
     dtype: Annotated[Dtype, typer.Option(help="Of A and B; task heads keep their own.")] = Dtype.float32,
+    force: Annotated[bool, typer.Option("--force", help="Replace adapters that are there.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write members as ordinary PEFT adapters.
@@ -84,13 +86,15 @@ def export(
     for name in wanted:  # before any of them is written
         _ = opened[name]
     alone = len(wanted) == 1 and not everything
-    written = {}
+    written = {name: out if alone else out / name for name in wanted}
+    there = [path for path in written.values() if (path / "adapter_config.json").exists()]
+    if there and not force:
+        fail(f"{there[0]} holds an adapter already; give another directory, or replace it with --force")
     with bars() as tell:
         for done, name in enumerate(wanted, start=1):
-            written[name] = out if alone else out / name
             opened.export(name, written[name], dtype=getattr(torch, dtype.value))
             tell("writing adapters", done, len(wanted))
     if as_json:
         print_json({"exported": {name: str(path) for name, path in written.items()}, "dtype": dtype.value})
         return
-    say(*(f"{name} is in {path}, error {opened[name].error:.4f}." for name, path in written.items()))
+    say(*(f"{name} is in {path}, error {error_text(opened[name])}." for name, path in written.items()))

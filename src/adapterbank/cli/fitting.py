@@ -55,7 +55,9 @@ def fit(
         float | None,
         typer.Option(metavar="E", help="Largest relative error of any adapter's update. By default 0.05."),
     ] = None,
-    k: Annotated[int | None, typer.Option("-k", metavar="K", help="Exactly so many shared directions a side.")] = None,
+    k: Annotated[
+        int | None, typer.Option("-k", metavar="K", help="Exactly so many shared directions a side. Alone: no promise.")
+    ] = None,
     method: Annotated[
         Method, typer.Option(help="Fit the updates, or stacked or flattened A and B as in the papers.")
     ] = Method.product,
@@ -67,7 +69,7 @@ def fit(
     base: BaseId = None,
     skip_bad: SkipBad = False,
     allow_pickle: AllowPickle = False,
-    seed: Annotated[int, typer.Option(help="For what is drawn at random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the randomised search for directions.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace the bank that is there.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -191,10 +193,9 @@ def check_free(out: Path, *, force: bool) -> None:
         if not force:
             fail(f"{out} holds a bank already; give another directory, or replace it with --force")
     elif out.is_dir():
-        # what a writer that died has left is no reason
-        strangers = [p.name for p in out.iterdir() if p.name[0] != "." and p.suffix != ".safetensors"]
-        if strangers:
-            fail(f"{out} holds {min(strangers)!r} and no bank; give a new or empty directory")
+        from adapterbank.bank import store
+
+        store.check_free(out)
     nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not os.access(nearest, os.W_OK):
         fail(f"{out} can't be written: no permission in {nearest}")

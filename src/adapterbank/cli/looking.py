@@ -134,6 +134,10 @@ def verify(bank: BankPath, adapters: Adapters, allow_pickle: AllowPickle = False
             tell("comparing", done, len(adapters))
     promised = opened.errors()
     worse = [name for name, error in errors.items() if not error <= WORSE * promised[name] + 1e-6]
+
+    def verdict(name: str) -> str:
+        return "worse" if name in worse else "within the bound" if opened[name].bound else "as recorded"
+
     if as_json:
         members = [
             {"name": name, "error": error, "recorded": promised[name], "ok": name not in worse}
@@ -142,7 +146,7 @@ def verify(bank: BankPath, adapters: Adapters, allow_pickle: AllowPickle = False
         print_json({"bank": bank, "ok": not worse, "members": members})
     else:
         rows = [
-            (name, f"{error:.6f}", f"{promised[name]:.6f}", "worse" if name in worse else "as recorded")
+            (name, f"{error:.6f}", f"{'≤ ' * opened[name].bound}{promised[name]:.6f}", verdict(name))
             for name, error in errors.items()
         ]
         print_table(f"Members of {bank}", ("adapter", "error", "recorded", "verdict"), rows)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from adapterbank.cli.app import count, print_table, say
 
 if TYPE_CHECKING:
-    from adapterbank.bank import Bank
+    from adapterbank.bank import Bank, MemberEntry
 
 FULL_TABLE, WORST = 40, 10
 """More members than this are summed up by those with the largest errors."""
@@ -43,23 +43,29 @@ def print_members(bank: "Bank", title: str, names: Sequence[str] | None = None) 
             name,
             f"{entry.bytes:,}",
             f"{_ratio(entry.values, entry.bytes):.1f}",
-            f"{'≤ ' * entry.bound}{entry.error:.4f}",
+            error_text(entry),
         )
         for name, entry in ((name, entries[name]) for name in shown)
     ]
     summary = bank.summary()
+    bound = "≤ " if any(entry.bound for entry in entries.values()) else ""
     shared = bank.bytes - sum(bank[name].bytes for name in bank.names)
     rows += [
         ("basis and index", f"{shared:,}", "", ""),
-        ("whole bank", f"{bank.bytes:,}", f"{summary['ratio']:.1f}", f"{summary['error']:.4f}"),
+        ("whole bank", f"{bank.bytes:,}", f"{summary['ratio']:.1f}", f"{bound}{summary['error']:.4f}"),
     ]
     print_table(title, ("adapter", "bytes", "ratio", "error"), rows, last=2)
     say(
         f"{count(len(bank), 'adapter')} of {summary['base'] or 'an unnamed base'}, "
         f"{count(summary['modules'], 'module')}: "
         f"{summary['ratio']:.1f}x smaller than in 32 bits, {summary['ratio_to_sources']:.1f}x than the files were; "
-        f"largest error {summary['largest_error']:.4f}."
+        f"largest error {bound}{summary['largest_error']:.4f}."
     )
+
+
+def error_text(entry: "MemberEntry") -> str:
+    """A member's error, marked where it is a bound."""
+    return f"{'≤ ' * entry.bound}{entry.error:.4f}"
 
 
 def _ratio(values: int, size: int) -> float:

@@ -83,7 +83,7 @@ def quantiser(class_: int) -> Quantiser:
     mass = (1 - TAIL) * (narrow[:-1] - narrow[1:]) + TAIL * (wide[:-1] - wide[1:])
     frequencies = np.maximum(np.round(mass * 2**FREQUENCY_BITS), 1)
     frequencies[0] *= 2
-    share = mass * np.where(magnitudes == 0, 2, 2)
+    share = 2 * mass
     rate = float(-(share * np.log2(np.where(magnitudes == 0, 2 * mass, mass))).sum())
     # E[(x - level)^2] of the pure Gaussian: the centroid condition makes it the variance less the energy of the levels
     clean = narrow[:-1] - narrow[1:]

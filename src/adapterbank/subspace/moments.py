@@ -93,13 +93,14 @@ class SecondMoment:
         for block in list(other._blocks):
             self._hold(block)
 
-    def basis(self, k: int) -> tuple[Float[Tensor, "k d"], Float[Tensor, " q"]]:
+    def basis(self, k: int, *, seed: int = 0) -> tuple[Float[Tensor, "k d"], Float[Tensor, " q"]]:
         """Leading ``k`` eigenvectors as orthonormal rows, and ``q >= k`` eigenvalues, descending.
 
         A component beyond the true rank is an arbitrary direction orthogonal to the rest, with eigenvalue 0.
 
         Args:
             k: How many, at most ``rank_bound``.
+            seed: Of the range finder, where one is used.
 
         Raises:
             BankError: If ``k`` is outside the rank bound.
@@ -110,7 +111,7 @@ class SecondMoment:
         if self._moment is not None:
             values, vectors = top_eigenpairs(self._folded(), k)
             return _orthonormal(vectors.T.float()), values
-        return _top_directions(self._rows(), k)
+        return _top_directions(self._rows(), k, seed)
 
     def spectrum(self) -> Float[Tensor, " q"]:
         """All eigenvalues, descending, at most ``min(rows, d)`` of them."""
@@ -185,10 +186,10 @@ class SecondMoment:
         return self._blocks[0]
 
 
-def _top_directions(rows: Float[Tensor, "m d"], k: int) -> tuple[Float[Tensor, "k d"], Float[Tensor, " q"]]:
+def _top_directions(rows: Float[Tensor, "m d"], k: int, seed: int) -> tuple[Float[Tensor, "k d"], Float[Tensor, " q"]]:
     """Leading right singular vectors of ``rows`` and squared singular values, through the smaller Gram."""
     wide = rows.double()  # the Gram squares the condition number
-    values, vectors = top_eigenpairs(wide @ wide.T, k)
+    values, vectors = top_eigenpairs(wide @ wide.T, k, seed=seed)
     directions = vectors.T.float() @ rows
     # below float64's noise a direction is rounding error: zeroed here, completed by QR
     noise = values[:k] <= 1e-14 * len(rows) * values[0]
@@ -201,7 +202,7 @@ def _orthonormal(rows: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
 
 
 def top_eigenpairs(
-    gram: Float[Tensor, "m m"], k: int, *, tolerance: float = 1e-5
+    gram: Float[Tensor, "m m"], k: int, *, tolerance: float = 1e-5, seed: int = 0
 ) -> tuple[Float[Tensor, " q"], Float[Tensor, "m k"]]:
     """Leading ``k`` eigenpairs of a positive semidefinite matrix, eigenvalues descending.
 
@@ -213,6 +214,7 @@ def top_eigenpairs(
         gram: Symmetric, positive semidefinite.
         k: How many eigenvectors.
         tolerance: The power iterations stop when the captured energy grows by less than this share.
+        seed: Of its random start.
 
     Returns:
         ``q >= k`` eigenvalues and ``k`` eigenvectors in the columns.
@@ -221,7 +223,7 @@ def top_eigenpairs(
     if m < 512 or 16 * k > m:
         values, vectors = torch.linalg.eigh(gram.double())
         return values.flip(0).clamp_min(0), vectors.flip(1)[:, :k]
-    seeded = torch.Generator().manual_seed(0)
+    seeded = torch.Generator().manual_seed(seed)
     width = k + max(10, k // 2)
     block = torch.randn(m, width, generator=seeded).to(gram)
     captured = 0.0
