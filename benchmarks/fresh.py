@@ -56,6 +56,24 @@ def open_and_restore(folder: Path, out: Path, arguments: dict[str, Any]) -> dict
     }
 
 
+def train(folder: Path, out: Path, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Adapt a model and train two steps; how far the memory rises above that with the model and all imports."""
+    import torch
+
+    import adapterbank.tuner  # noqa: F401, for both variants, so that it is in neither one's account
+    from benchmarks.trained import JOBS, adapted, stepper
+
+    torch.set_num_threads(1)
+    subject = JOBS[arguments["subject"]](**arguments["arguments"])
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: loading the model isn't what is measured
+    before = int(_line("/proc/self/status", "VmRSS"))
+    model = adapted(arguments["variant"], subject, folder, k=arguments["k"], r=arguments["r"])
+    step = stepper(model, subject)
+    for _ in range(2):  # the second finds the optimizer's state beside everything else
+        step()
+    return {"peak_mb_above_model": (int(_line("/proc/self/status", "VmHWM")) - before) * 1024 / 1e6}
+
+
 def _adapters(folder: Path) -> list[str]:
     return sorted(str(path) for path in folder.iterdir())
 

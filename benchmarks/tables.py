@@ -55,6 +55,7 @@ def pages(results: dict[str, Result]) -> dict[Path, str]:
         docs / "peers.md": _peers_page(results),
         docs / "growth.md": _growth_page(results),
         docs / "accuracy.md": _accuracy_page(results),
+        docs / "training.md": _training_page(results),
     }
 
 
@@ -230,6 +231,102 @@ def _accuracy_table(found: list[Result], title: str) -> str:
     ]
     header = ["real adapters", "ratio", "error of the update", "accuracy before", "after", "change"]
     return "\n\n".join(part for part in (title, _table(header, rows)) if part) if rows else ""
+
+
+def _training_page(results: dict[str, Result]) -> str:
+    parts = [
+        "# Training in a bank",
+        "CPU seconds of one thread. The method and PEFT's LoRA take turns step by step; shares are medians over pairs.",
+    ]
+    if "training-step" in results:
+        parts += _training_step_section(results["training-step"])
+    if "many-adapters" in results:
+        parts += _many_adapters_section(results["many-adapters"])
+    if "contraction" in results:
+        parts += _contraction_section(results["contraction"])
+    return _page(parts)
+
+
+def _training_step_section(result: Result) -> list[str]:
+    rows = []
+    for row in result["rows"]:
+        counted, (low, high) = row["counted_bytes"]["bank"], row["cpu_share_quartiles"]
+        rows.append(
+            [
+                row["model"],
+                f"{row['cpu_seconds']['bank']:.3g}",
+                f"{row['cpu_share_of_lora']:.3f} ({low:.2f} to {high:.2f})",
+                f"{(sum(counted.values()) - counted['basis']) / 1e6:.1f} MB",
+                f"{row['counted_share_of_lora']:.3f}",
+                f"{counted['basis'] / 1e6:.1f} MB",
+                f"{row['counted_share_with_basis']:.3f}",
+                f"{row['peak_mb_above_model']['bank']:.0f} MB",
+                f"{row['peak_share_of_lora']:.3f}",
+            ]
+        )
+    header = [
+        "one step", "CPU s", "of LoRA's (quartiles)", "counted", "of LoRA's", "basis", "with it, of LoRA's", "peak",
+        "of LoRA's",
+    ]  # fmt: skip
+    return [
+        f"## {result['title']}",
+        f"Rank {result['r']}; k = {result['k']}. A step is forward, backward, AdamW. *Counted* are the trained "
+        "parameters, the optimizer's state and what autograd saves, each storage once, without the frozen model; the "
+        "basis is shared by all adapters of a model. *Peak*: resident memory above the loaded model, in a process of "
+        "its own.",
+        _table(header, rows),
+        _targets(result),
+        _about(result),
+    ]
+
+
+def _many_adapters_section(result: Result) -> list[str]:
+    def row(name: str, times: dict[str, float]) -> list[str]:
+        lora, bank = times["lora"], times["bank"]
+        return [name, f"{1e3 * lora:.0f} ms", f"{1e3 * bank:.1f} ms", f"{bank / lora:.4f}"]
+
+    of = result["cpu_seconds"]
+    rows = [row(f"add the {r['adapters']}th", r) for r in result["rows"]]
+    rows += [row(f"`set_adapter` among {result['adapters']}", {name: of[name]["set"] for name in of})]
+    return [
+        f"## {result['title']}",
+        f"{result['layers']} layers of {result['width']}, rank {result['r']}, k = {result['k']}; one adapter after the "
+        f"other with `add_adapter`. All {result['adapters']}: {of['lora']['all']:.0f} s with LoRA, "
+        f"{of['bank']['all']:.1f} s in the bank.",
+        _table(["", "PEFT's LoRA", "bank", "share"], rows),
+        _targets(result),
+        _about(result),
+    ]
+
+
+def _contraction_section(result: Result) -> list[str]:
+    rows = [
+        [
+            mode,
+            f"{100 * result['right'][mode]:.0f} %",
+            *(f"{cost[name]:.3f}x" for name in ("rule", "always_basis", "always_built")),
+        ]
+        for mode, cost in result["cost_of_choice"].items()
+    ]
+    header = ["", "rule is right", "time with the rule", "always through the basis", "always built factors"]
+    return [
+        f"## {result['title']}",
+        f"The update alone, at {result['points']} points of d, k, r and tokens. The rule is right where it takes the "
+        f"faster side; within {100 * result['tie']:.0f} % both are. Times are over those of always the faster side.",
+        _table(header, rows),
+        _targets(result),
+        _about(result),
+    ]
+
+
+def _targets(result: Result) -> str:
+    told = [
+        f"{t['name'].replace('_', ' ')} {t['reached']:.3g} "
+        f"({'at most' if 'at_most' in t else 'at least'} {t.get('at_most', t.get('at_least')):g}: "
+        f"{'met' if t['met'] else 'missed'})"
+        for t in result["targets"]
+    ]
+    return f"Targets: {', '.join(told)}."
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------

@@ -41,7 +41,11 @@ TABLE = {
     "subspace": Rule(parts={"errors"}),
     "codec": Rule(parts={"subspace", "errors"}, third={"numpy", "constriction", "zstandard"}),
     "bank": Rule(parts={"adapters", "subspace", "codec", "errors"}, third={"numpy", "safetensors"}),
-    "tuner": Rule(parts={"bank", "subspace", "errors"}, third={"peft", "safetensors"}),
+    # adapters and codec too: what it trains leaves as an ordinary adapter, and gradient directions are stored packed
+    "tuner": Rule(
+        parts={"bank", "adapters", "subspace", "codec", "errors"},
+        third={"peft", "transformers", "safetensors", "accelerate", "huggingface_hub"},
+    ),
     "shira": Rule(
         parts={"adapters", "subspace", "errors"}, third={"numpy", "safetensors", "peft"}, only_in={"peft": "tuner"}
     ),

@@ -35,6 +35,19 @@ def _fitted(planted, tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def _fine(planted, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("fine") / "bank"
+    Bank.fit(planted, max_error=0.02).save(directory)
+    return directory
+
+
+@pytest.fixture
+def fine_dir(_fine, tmp_path) -> Path:
+    """The same at an error of 0.02: its members keep more than the shared directions, so theirs is the full rank."""
+    return Path(shutil.copytree(_fine, tmp_path / "bank"))
+
+
 @pytest.fixture
 def bank_dir(_fitted, tmp_path) -> Path:
     """A bank of the planted family on disk, at an error of 0.1, to be spoilt."""

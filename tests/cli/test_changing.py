@@ -1,8 +1,10 @@
 """remove, rename and export."""
 
+import json
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from adapterbank import Bank, LoraAdapter
 
@@ -18,6 +20,23 @@ def test_remove_drops_members_and_their_files(run, object_of, bank):
     assert Bank.load(bank).names == [second]
     assert len(list(bank.glob("*.safetensors"))) == 2
     assert "0 adapters left" in run("remove", bank, second).stdout
+
+
+def test_a_trained_task_is_added_exactly_and_outlives_the_members_it_stands_on(run, object_of, bank, tmp_path):
+    basis = Bank.load(bank).basis(5)
+    (name, part), tensors = next(iter(basis.modules.items())), {}
+    tensors[f"base_model.model.{name}.eig_coef_A"] = torch.ones(2, part.k[0])
+    tensors[f"base_model.model.{name}.eig_coef_B"] = torch.eye(part.k[1], 2)
+    config = {"peft_type": "EIGENLORAX", "r": 2, "k": 5, "bank_fingerprint": basis.fingerprint}
+    config |= {"bank_members": basis.members, "basis_probe": basis.probe}
+    (tmp_path / "task").mkdir()
+    save_file(tensors, tmp_path / "task" / "adapter_model.safetensors")
+    (tmp_path / "task" / "adapter_config.json").write_text(json.dumps(config))
+    (added,) = object_of("add", bank, tmp_path / "task")["added"]
+    assert added["error"] == 0
+    before = Bank.load(bank).reconstruct("task").factors(name).update()
+    assert "Coded task again" in run("remove", bank, "adapter_001").stdout
+    torch.testing.assert_close(Bank.load(bank).reconstruct("task").factors(name).update(), before, rtol=0, atol=1e-5)
 
 
 def test_an_unknown_name_changes_nothing(refused, bank):

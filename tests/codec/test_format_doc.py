@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from safetensors.numpy import load
+from safetensors.numpy import load, save_file
 
 from adapterbank.bank import Bank
 from families import make_family
@@ -246,11 +246,102 @@ def plain_updates(table, body, index, bases, bits):
     return updates
 
 
+def shared_directions(directory, index):
+    """Shared rows of each side of each module, and whether more of them can be derived."""
+    if index["coding"] == "predictive":
+        return [[(rows, True) for rows, _ in sides] for sides in predictive_bases(directory, index)]
+    bits = {"int16": 16, "float32": 32}[index["coding"]]
+    return [
+        [(rows, not len(rows) and fold == 1 and mean is None) for rows, fold, mean in sides]
+        for sides in plain_bases(directory, index, bits)
+    ]
+
+
+def orthonormal(rows, against):
+    kept = list(against)
+    for row in rows:
+        left = row.copy()
+        for _ in range(2):
+            for unit in kept:
+                left = left - (left @ unit) * unit
+        if np.linalg.norm(left) > 0.1 * np.linalg.norm(row):
+            kept.append(left / np.linalg.norm(left))
+    return np.array(kept).reshape(-1, rows.shape[1])
+
+
+def task_basis(directory, index, task):
+    k, modules = task["k"] or 32, index["modules"]
+    ordinary = [name for name, member in index["members"].items() if "task" not in member][: task["members"]]
+    shared = shared_directions(directory, index)
+    stored = [[(orthonormal(rows, [])[:k], more) for rows, more in sides] for sides in shared]
+    lacking = [more and len(rows) < min(k, rows.shape[1]) for sides in stored for rows, more in sides]
+    used = [index["members"][name]["sha256"] for name in ordinary] if any(lacking) else []
+    recipe = json.dumps([index["basis"], k, used])
+    assert hashlib.sha256(recipe.encode()).hexdigest()[:16] == task["fingerprint"]
+    members = []
+    if any(lacking):
+        ordinary.sort(key=lambda name: index["members"][name]["sha256"])
+        m = max(8, -(-16 * k // max(index["members"][name]["r"] for name in ordinary)))
+        if len(ordinary) > m:
+            ordinary = [ordinary[i * (len(ordinary) - 1) // (m - 1)] for i in range(m)]
+        for name in ordinary:
+            updates = updates_of(directory, name)[0]
+            ranks = ranks_of(directory, index, name)
+            members.append((updates, sum(np.sum(dW**2) for dW in updates.values()), ranks))
+    probe, bases = 0.0, []
+    for i, ((name, d_in, d_out), sides) in enumerate(zip(modules, stored, strict=True)):
+        bases.append([])
+        for j, (S, more) in enumerate(sides):
+            d = S.shape[1]
+            if more and len(S) < min(k, d):
+                M, rows = np.zeros((d, d)), 0
+                for updates, n, ranks in members:
+                    if n and name in updates:
+                        dW = updates[name].T if j else updates[name]
+                        M, rows = M + dW.T @ dW / n, rows + min(ranks[name], d_in, d_out)
+                P = np.eye(d) - S.T @ S
+                values, vectors = np.linalg.eigh(P @ M @ P)
+                told = min(max(0, min(k, rows, d) - len(S)), int((values > 1e-10 * np.trace(M)).sum()))
+                found = vectors[:, ::-1][:, :told].T
+                S = orthonormal(found * np.sign(found[np.arange(len(found)), np.abs(found).argmax(1)])[:, None], S)
+            left, right = np.cos(2.399963 * np.arange(len(S)) + i), np.cos(1.7320508 * np.arange(d) + 2 * i + j)
+            probe += left @ S @ right
+            bases[-1].append(S)
+    assert abs(probe - task["probe"]) < 0.01
+    return bases
+
+
+def ranks_of(directory, index, name):
+    member = index["members"][name]
+    table, _, _ = read(directory, f"{member['sha256'][:16]}.safetensors", member["sha256"])
+    found = slots(Stream(table), index["modules"])
+    return {name: rank for (name, _, _), (rank, _) in zip(index["modules"], found, strict=True)}
+
+
+def task_updates(table, body, index, member, bases):
+    matrix, updates, scale = plain_matrices(body, 32), {}, member["scales"][0]
+    for (name, d_in, d_out), (rank, place), (V, U_T) in zip(
+        index["modules"], slots(Stream(table), index["modules"]), bases, strict=True
+    ):
+        assert place == 0
+        if rank and member["task"].get("core"):
+            updates[name] = scale * U_T.T @ matrix(len(U_T), len(V)) @ V
+        elif rank:
+            fold = V.shape[1] // d_in
+            A = (matrix(rank // fold, len(V)) @ V).reshape(rank, d_in)
+            B = (U_T.T @ matrix(len(U_T), rank // fold)).T.reshape(rank, d_out).T
+            updates[name] = scale * B @ A
+    return updates
+
+
 def updates_of(directory, name):
     index = json.loads((directory / "bank.json").read_text(encoding="utf-8"))
     assert index["format"] == 1
     member = index["members"][name]
     table, body, extras = read(directory, f"{member['sha256'][:16]}.safetensors", member["sha256"])
+    if "task" in member:
+        assert member["error"] == 0
+        return task_updates(table, body, index, member, task_basis(directory, index, member["task"])), extras
     if index["coding"] == "predictive":
         return predictive_updates(table, body, index, predictive_bases(directory, index)), extras
     bits = {"int16": 16, "float32": 32}[index["coding"]]
@@ -281,3 +372,41 @@ def test_a_reader_written_from_the_document_sees_what_ours_sees(tmp_path, argume
             ours = restored.factors(module).update().numpy()
             np.testing.assert_allclose(dW, ours, rtol=0, atol=2e-6 * max(np.abs(ours).max(), 1e-12))
         assert np.array_equal(extras["extra.score.weight"], restored.extra("score.weight").numpy())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "k", "config"),
+    [
+        ({"max_error": 0.1}, 4, {}), ({"max_error": 0.02}, 10, {"lora_alpha": 5}), ({"max_error": 0.02}, None, {}),
+        ({"max_error": 0.02}, 9, {"train": "core", "lora_alpha": 5}), ({"k": 5}, None, {}),
+        ({"k": 5, "quantize": False}, 3, {"train": "core"}), ({"method": "eigenlora", "k": 4}, None, {}),
+        ({"method": "flat", "k": 3}, None, {"r": 4, "lora_alpha": 1}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_second_reader_sees_trained_tasks_too(tmp_path, arguments, k, config):
+    # more members than directions are derived from
+    family = make_family(tmp_path / "family", n=23, rank=4, hidden=24, d_out=20, layers=2, shared_rank=5, seed=1)
+    bank = Bank.fit(family, **arguments)
+    basis, seeded, tensors = bank.basis(k), np.random.default_rng(0), {}
+    config = {"peft_type": "EIGENLORAX", "r": 3, "k": k, "bank_fingerprint": basis.fingerprint} | config
+    for name, part in basis.modules.items():
+        rows = config["r"] // part.fold
+        shapes = {"coef_A": (rows, part.k[0]), "coef_B": (part.k[1], rows)}
+        for weight, shape in ({"core": part.k[::-1]} if "train" in config else shapes).items():
+            values = seeded.standard_normal(shape).astype(np.float32)
+            tensors[f"base_model.model.{name}.eig_{weight}"] = values
+    (tmp_path / "task").mkdir()
+    save_file(tensors, tmp_path / "task" / "adapter_model.safetensors")
+    config |= {"bank_members": basis.members, "basis_probe": basis.probe}
+    (tmp_path / "task" / "adapter_config.json").write_text(json.dumps(config))
+    bank.add(tmp_path / "task")
+    bank.save(tmp_path / "bank")
+    updates, _ = updates_of(tmp_path / "bank", "task")
+    restored = bank.reconstruct("task")
+    assert updates.keys() == restored.modules.keys()
+    for module, dW in updates.items():
+        ours = restored.factors(module).update().numpy()
+        # derived directions are as exact as the gaps between their eigenvalues are wide
+        tolerance = 1e-3 if basis.members else 2e-6
+        np.testing.assert_allclose(dW, ours, rtol=0, atol=tolerance * np.abs(ours).max())

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from adapterbank.adapters.factors import LoraFactors, ModuleShape
 from adapterbank.adapters.names import base_model_id, check_name
-from adapterbank.adapters.peft_config import Scaling, clean_config, refuse_variants, written_config
+from adapterbank.adapters.official import OFFICIAL_TYPE, official_factors
+from adapterbank.adapters.peft_config import Scaling, clean_config, peft_type, refuse_variants, written_config
 from adapterbank.adapters.peft_files import open_source, write_directory
 from adapterbank.adapters.peft_keys import PREFIX, ModuleKeys, sort_keys
 from adapterbank.adapters.tensors import TensorDict, TensorSource
@@ -69,7 +70,7 @@ class LoraAdapter:
             AdapterError: If it is no plain LoRA; the message names it, the module at fault and the way out.
         """
         name, config, tensors = open_source(source, name=name, config=config, allow_pickle=allow_pickle)
-        return cls._from_tensors(name, config, tensors)
+        return cls.from_tensors(name, config, tensors)
 
     @classmethod
     def from_factors(
@@ -80,6 +81,7 @@ class LoraAdapter:
         base: str | None = None,
         config: Mapping[str, Any] | None = None,
         extras: Mapping[str, Tensor] | None = None,
+        origin: TensorSource | None = None,
     ) -> "LoraAdapter":
         """Make an adapter in memory.
 
@@ -90,6 +92,7 @@ class LoraAdapter:
             base: Id of the base model; by default the one in ``config``.
             config: Fields to write back, as in another adapter's ``config``; ranks and scales are the factors' own.
             extras: Task heads and biases by name, as in ``extra_names``.
+            origin: The file that all this was computed from, whose size and hash count as the adapter's.
 
         Raises:
             AdapterError: If there is no module, or a name is unusable.
@@ -113,7 +116,8 @@ class LoraAdapter:
         given = clean_config({**given, "rank_pattern": None, "alpha_pattern": None}, where)
         base = base_model_id(base) or given.get("base_model_name_or_path")
         kept = clean_config(written_config(given, base, shapes, scales), where)
-        source = TensorDict({**tensors, **extras})
+        size, sha256 = (None, None) if origin is None else (origin.size, origin.digest())
+        source = TensorDict({**tensors, **extras}, size=size, sha256=sha256)
         return cls(
             name=name,
             base=base,
@@ -146,11 +150,15 @@ class LoraAdapter:
         from adapterbank.adapters.live import read_model
 
         config, tensors = read_model(model, adapter_name)
-        return cls._from_tensors(check_name(name or adapter_name), config, TensorDict(tensors))
+        return cls.from_tensors(check_name(name or adapter_name), config, TensorDict(tensors))
 
     @classmethod
-    def _from_tensors(cls, name: str, config: Mapping[str, Any], source: TensorSource) -> "LoraAdapter":
+    def from_tensors(cls, name: str, config: Mapping[str, Any], source: TensorSource) -> "LoraAdapter":
+        """Make an adapter of an opened file; errors as in :meth:`load`."""
         where = f"adapter {name!r}"
+        if peft_type(config) == OFFICIAL_TYPE:
+            factors, extras = official_factors(source, where)
+            return cls.from_factors(name, factors, config=config, extras=extras, origin=source)
         refuse_variants(config, where)
         kept = clean_config(config, where)
         scaling = Scaling(kept, where)

@@ -87,6 +87,27 @@ def match_modules(wanted: Iterable[str], present: Iterable[str]) -> dict[str, st
     return found
 
 
+def match_layers(modules: Iterable[str], layers: Iterable[str]) -> dict[str, str]:
+    """Find the module of a bank for each layer of a model that has one: :func:`match_modules`, seen from the model.
+
+    Args:
+        modules: Module names of the bank.
+        layers: Layer names of the model.
+
+    Raises:
+        AdapterError: If two modules fit one layer and neither has its name, or two layers one module.
+    """
+    fitting: dict[str, list[str]] = {}
+    for module, layer in match_modules(modules, layers).items():
+        fitting.setdefault(layer, []).append(module)
+    found = {}
+    for layer, names in fitting.items():
+        if len(names) > 1 and layer not in names:
+            raise AdapterError(f"{layer} fits two modules of the bank, {names[0]} and {names[1]}")
+        found[layer] = layer if layer in names else names[0]
+    return found
+
+
 def _suffixes(name: str) -> list[str]:
     """Every dotted suffix shorter than the name that still has two parts, longest first."""
     parts = name.split(".")

@@ -14,6 +14,8 @@ from adapterbank.errors import AdapterError, MissingFileError
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG = 10_000_000
+TASK_TYPE = "EIGENLORAX"
+"""``peft_type`` of tasks that were trained in a bank."""
 
 KEPT: dict[str, type | tuple[type, ...]] = {
     "task_type": str,
@@ -101,7 +103,12 @@ def refuse_variants(config: Mapping[str, Any], where: str) -> None:
     Raises:
         AdapterError: Naming the variant, the reason and the way out.
     """
-    kind = _peft_type(config)
+    kind = peft_type(config)
+    if kind == TASK_TYPE:
+        raise AdapterError(
+            f"{where}: it was trained in a bank, so it is coefficients on that bank's basis; add it to the bank "
+            "(Bank.add), or take the LoRA that adapterbank.tuner.export_lora makes of it"
+        )
     if kind not in ("LORA", "ADALORA"):
         raise AdapterError(
             f"{where}: its peft_type is {kind[:40]!r}, expected 'LORA' or 'ADALORA'; "
@@ -130,7 +137,7 @@ def clean_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         AdapterError: If a field has a type that PEFT never gives it, or ``r`` or ``lora_alpha`` is missing.
     """
-    kept: dict[str, Any] = {"peft_type": _peft_type(config)}
+    kept: dict[str, Any] = {"peft_type": peft_type(config)}
     for field, types in KEPT.items():
         value = config.get(field)
         if value is None:
@@ -158,7 +165,8 @@ def clean_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     return kept
 
 
-def _peft_type(config: Mapping[str, Any]) -> str:
+def peft_type(config: Mapping[str, Any]) -> str:
+    """The method that a config is of; LoRA where it doesn't say."""
     # an enum's member when the config comes from a live model
     kind = config.get("peft_type") or "LORA"
     return str(getattr(kind, "value", kind))

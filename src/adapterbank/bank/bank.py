@@ -18,15 +18,22 @@ from adapterbank.bank import store
 from adapterbank.bank.family import Family, Progress, Refused, Source, named_sources, open_family
 from adapterbank.bank.fit import fit_bank
 from adapterbank.bank.index import BankIndex, MemberEntry
-from adapterbank.bank.members import MemberCoder, MemberConfigs, PlainCoder, PredictiveCoder
+from adapterbank.bank.joining import TaskOpener
+from adapterbank.bank.members import Coded, MemberCoder, MemberConfigs, PlainCoder, PredictiveCoder, task_member
 from adapterbank.bank.partial import PartialFit
 from adapterbank.bank.restoring import Basis, decode_bases, relative_error, restore
 from adapterbank.bank.settings import FitSettings, parse_bytes
+from adapterbank.bank.shared_basis import BankBasis, basis_members, shared_basis
+from adapterbank.bank.task import restore_task
 from adapterbank.bank.writing import bank_bytes
 from adapterbank.errors import BankError, UnknownNameError
 from adapterbank.subspace.eigenlora import Mean
 
 Sources = Mapping[str, Source] | Iterable[Source]
+RECODED_ERROR = 1e-6
+"""Of a trained task that is coded as an ordinary member because its basis goes: about float32's own rounding."""
+MOST_RECODED_ERROR = 1e-3
+"""Plain banks can't choose the error; above this one a member that tasks need stays."""
 
 
 class Bank:
@@ -41,6 +48,7 @@ class Bank:
         self._directory = directory
         self._staging = _Staging()
         self._bases: Sequence[Basis] | None = None
+        self._shared: dict[Any, BankBasis] = {}
         self.refused: list[Refused] = []
         """Adapters that the last fit, add or absorb left out, with ``skip_bad``."""
 
@@ -181,6 +189,11 @@ class Bank:
         return self._index
 
     @property
+    def name(self) -> str | None:
+        """Name of the directory that it was loaded from or saved to; none before."""
+        return None if self._staging.is_at(self._directory) else self._directory.resolve().name
+
+    @property
     def names(self) -> list[str]:
         """Names of the members."""
         return list(self._index.members)
@@ -256,6 +269,29 @@ class Bank:
         """Shared directions ``(k_in, k_out)`` of each module."""
         return {m.name: (b.side_in.k, b.side_out.k) for m, b in zip(self._index.modules, self.bases, strict=True)}
 
+    def basis(self, k: int | None = None, *, members: int | None = None) -> BankBasis:
+        """An orthonormal basis of every module, to train in and to serve from.
+
+        Where fewer directions are stored than wanted, the missing ones are derived from the members as the bank holds
+        them: the same bank gives the same basis. The last few are kept in memory, none is written.
+
+        Args:
+            k: Directions a side, by default 32. Narrow layers have as many as they are wide, and where the bank kept
+                fewer of its members than their ranks say, there are fewer.
+            members: Derive from the first so many members only, as a basis from before later ones came. Trained
+                tasks don't count: no direction is derived from them.
+
+        Raises:
+            BankError: If the members' ranks, or the directions of a plain bank, can't make ``k``.
+        """
+        used = tuple(self._index.members[name].sha256 for name in basis_members(self)[:members])
+        key = (self._index.basis, k, members, used)
+        if key not in self._shared:
+            while len(self._shared) >= 4:
+                del self._shared[next(iter(self._shared))]
+            self._shared[key] = shared_basis(self, k, members=members)
+        return self._shared[key]
+
     # --- members back -----------------------------------------------------------------------------------------------
 
     def reconstruct(self, name: str) -> LoraAdapter:
@@ -267,6 +303,8 @@ class Bank:
         """
         entry = self[name]
         tensors = self._read(store.member_file(entry.sha256), entry.sha256)
+        if entry.task is not None:
+            return restore_task(self._index, self.basis(entry.task.k, members=entry.task.members), name, tensors)
         return restore(self._index, self.bases, name, tensors)
 
     def export(self, name: str, directory: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
@@ -289,13 +327,9 @@ class Bank:
             UnknownNameError: If one is no member.
             AdapterError: If an original has other modules or another task head than its member.
         """
-        errors = {}
+        errors, opener = {}, TaskOpener(self)
         for name, source in named_sources(originals):
-            original = (
-                source
-                if isinstance(source, LoraAdapter)
-                else LoraAdapter.load(source, name=name, allow_pickle=allow_pickle)
-            )
+            original = source if isinstance(source, LoraAdapter) else opener(name, source, allow_pickle=allow_pickle)
             errors[name or original.name] = relative_error(original, self.reconstruct(name or original.name))
         return errors
 
@@ -312,8 +346,11 @@ class Bank:
     ) -> list[str]:
         """Code adapters on the basis there is, like the fit: at its slope, or keeping its promised error.
 
+        A task that was trained in this bank joins without loss where it is only coefficients on the bank's basis; with
+        anything of its own beside them (free pair, own components, more directions) it is coded like any adapter.
+
         Args:
-            adapters: One adapter or several, as in :meth:`fit`.
+            adapters: One adapter or several, as in :meth:`fit`; also directories of tasks trained in this bank.
             base: As in :meth:`fit`.
             skip_bad: As in :meth:`fit`.
             allow_pickle: As in :meth:`fit`.
@@ -324,8 +361,12 @@ class Bank:
 
         Raises:
             AdapterError: If an adapter can't be used, has a module that the bank lacks, or its name is taken.
+            BankError: If a task was trained on another basis than this bank's.
         """
-        family = self._beside(adapters, base=base, skip_bad=skip_bad, allow_pickle=allow_pickle, progress=progress)
+        opener = TaskOpener(self)
+        family = self._beside(
+            adapters, base=base, skip_bad=skip_bad, allow_pickle=allow_pickle, opener=opener, progress=progress
+        )
         lacking = set(family.modules) - {m.name for m in self._index.modules}
         if lacking:
             raise BankError(
@@ -336,26 +377,39 @@ class Bank:
         configs = MemberConfigs(self._index.configs)
         code = self._coder(family, configs).code
         members = dict(self._index.members)
-        for i, name in enumerate(family.names()):
-            coded = code(i)
-            store.write_file(
-                self._staging.path, store.member_file(coded.entry.sha256), coded.data, coded.entry.sha256, durable=False
-            )
-            members[name] = coded.entry
+        for i, adapter in enumerate(family.adapters):
+            task = opener.exact.get(adapter)
+            coded = code(i) if task is None else task_member(adapter, task, self._index.modules, configs)
+            members[adapter.name] = self._stage(coded)
             if progress:
                 progress("coding adapters", i + 1, len(family.adapters))
         self._index = replace(self._index, members=members, configs=configs.all(), base=self._index.base or family.base)
         self.refused = family.refused
         return family.names()
 
-    def remove(self, name: str) -> None:
-        """Drop a member; the basis stays as it is.
+    def remove(self, name: str) -> list[str]:
+        """Drop a member; the stored basis stays as it is.
+
+        Trained tasks whose basis was derived from it, too, are coded again first, as ordinary members with an error of
+        1e-6: they lose nothing to speak of, but take more bytes. Compact the bank to keep tasks small for ever.
+
+        Returns:
+            Names of those tasks.
 
         Raises:
             UnknownNameError: If there is no such member.
+            BankError: If a task that needs it can't be kept as exactly, in a bank of plain values.
         """
         _ = self[name]
-        self._index = replace(self._index, members={n: m for n, m in self._index.members.items() if n != name})
+        order = basis_members(self)
+        place = order.index(name) if name in order else len(order)
+        needing = [n for n, m in self._index.members.items() if m.task is not None and m.task.members > place]
+        members, configs = dict(self._index.members), MemberConfigs(self._index.configs)
+        if needing:
+            members |= self._recoded(needing, configs, name)
+        del members[name]
+        self._index = replace(self._index, members=members, configs=configs.all())
+        return needing
 
     def rename(self, old: str, new: str) -> None:
         """Give a member another name.
@@ -387,10 +441,11 @@ class Bank:
         """Fit again, with new adapters in it: the basis learns from them.
 
         Old members are taken as the bank holds them, so their errors add up; the sum is what is reported of them, as
-        a bound. With their originals at hand they're taken from there.
+        a bound. With their originals at hand they're taken from there. Tasks trained in this bank are multiplied out:
+        the new basis is another one, on which their coefficients mean nothing.
 
         Args:
-            adapters: One adapter or several, as in :meth:`fit`.
+            adapters: One adapter or several, as in :meth:`add`.
             originals: Originals of old members, by name.
             base: As in :meth:`fit`.
             skip_bad: As in :meth:`fit`.
@@ -404,13 +459,14 @@ class Bank:
         for name in given:
             _ = self[name]
         old: dict[str, Source] = {name: given.get(name) or self.reconstruct(name) for name in self.names}
-        family = Family(base=self._index.base)
+        family, opener = Family(base=self._index.base), TaskOpener(self)
         if old:
-            family = open_family(old, base=self._index.base, allow_pickle=allow_pickle)
+            family = open_family(old, base=self._index.base, allow_pickle=allow_pickle, opener=opener)
         loose = {name: self[name] for name in self.names if name not in given}
         family = open_family(
-            _several(adapters), base=base, skip_bad=skip_bad, allow_pickle=allow_pickle, into=family, progress=progress
-        )
+            _several(adapters), base=base, skip_bad=skip_bad, allow_pickle=allow_pickle, into=family, opener=opener,
+            progress=progress,
+        )  # fmt: skip
         self._become(Bank._fitted(family, self._settings(), None, progress), loose)
         return self.errors()
 
@@ -491,20 +547,43 @@ class Bank:
             )
         self._index = replace(self._index, members=members)
 
+    def _stage(self, coded: Coded) -> MemberEntry:
+        """Put a member's file where the next save finds it."""
+        name = store.member_file(coded.entry.sha256)
+        store.write_file(self._staging.path, name, coded.data, coded.entry.sha256, durable=False)
+        return coded.entry
+
+    def _recoded(self, names: list[str], configs: MemberConfigs, leaving: str) -> dict[str, MemberEntry]:
+        """Trained tasks as ordinary members, as exactly as the coding can, because ``leaving`` goes."""
+        family = open_family([self.reconstruct(name) for name in names], base=self._index.base)
+        coder = self._coder(family, configs, max_error=RECODED_ERROR)
+        entries = {}
+        for i, name in enumerate(names):
+            coded, before = coder.code(i), self[name]
+            if coded.entry.error > MOST_RECODED_ERROR:
+                raise BankError(
+                    f"the trained task {name!r} stands on directions that come from {leaving!r}, and without it this "
+                    f"{self._index.coding} bank could hold the task only with an error of {coded.entry.error:.2g}; "
+                    f"remove {name!r} first, or compact the bank"
+                )
+            entries[name] = replace(self._stage(coded), source=before.source, source_bytes=before.source_bytes)
+        return entries
+
     def _beside(self, adapters: Sources | Source, **options: Any) -> Family:
         """Open new adapters and compare them with what the bank knows."""
         modules = {m.name: m for m in self._index.modules}
         family = Family(base=self._index.base, modules=modules, taken=frozenset(self.names))
         return open_family(_several(adapters), into=family, **options)
 
-    def _coder(self, family: Family, configs: MemberConfigs) -> MemberCoder:
+    def _coder(self, family: Family, configs: MemberConfigs, max_error: float | None = None) -> MemberCoder:
         bases: Any = self.bases
         settings = self._settings()
         if self._index.coding != "predictive":
             return PlainCoder(family, self._index.modules, configs, bases=bases, settings=settings)
         return PredictiveCoder(
-            family, self._index.modules, configs, bases=bases, slope=self._index.slope, max_error=settings.error
-        )
+            family, self._index.modules, configs, bases=bases, slope=self._index.slope,
+            max_error=max_error or settings.error,
+        )  # fmt: skip
 
     def _find(self, name: str) -> Path:
         return (self._staging.path if self._staging.holds(name) else self._directory) / name
@@ -526,6 +605,10 @@ class _Staging:
         # TemporaryDirectory would do the same, with a warning
         weakref.finalize(self, shutil.rmtree, made, ignore_errors=True)
         return made
+
+    def is_at(self, directory: Path) -> bool:
+        """Whether this is it."""
+        return "path" in self.__dict__ and self.path == directory
 
     def holds(self, name: str) -> bool:
         """Whether a file is in it."""

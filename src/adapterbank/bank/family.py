@@ -124,6 +124,13 @@ class Family:
             )
 
 
+def open_source(name: str | None, source: Source, *, allow_pickle: bool) -> LoraAdapter:
+    """Open one adapter under ``name``, or its own."""
+    if not isinstance(source, LoraAdapter):
+        return LoraAdapter.load(source, name=name, allow_pickle=allow_pickle)
+    return source if name is None else replace(source, name=check_name(name))
+
+
 def open_family(
     sources: Mapping[str, Source] | Iterable[Source],
     *,
@@ -131,6 +138,7 @@ def open_family(
     skip_bad: bool = False,
     allow_pickle: bool = False,
     into: Family | None = None,
+    opener: Callable[..., LoraAdapter] = open_source,
     progress: Progress | None = None,
 ) -> Family:
     """Open adapters, refuse what can't be used, and measure the rest.
@@ -141,6 +149,7 @@ def open_family(
         skip_bad: List refused adapters in ``refused`` instead of stopping at the first.
         allow_pickle: See ``LoraAdapter.load``.
         into: A family that already has members; a new one by default.
+        opener: Opens one source, as ``open_source``.
         progress: Called after each adapter.
 
     Raises:
@@ -154,7 +163,7 @@ def open_family(
         family.base = base_model_id(base)
     for done, (name, source) in enumerate(named, start=1):
         try:
-            family.add(open_source(name, source, allow_pickle=allow_pickle), base)
+            family.add(opener(name, source, allow_pickle=allow_pickle), base)
         except AdapterBankError as error:
             if not skip_bad:
                 raise
@@ -165,13 +174,6 @@ def open_family(
         reasons = "; ".join(r.reason for r in family.refused[:3])
         raise BankError(f"there is no adapter to fit{': ' + reasons if reasons else '; give at least one'}")
     return family
-
-
-def open_source(name: str | None, source: Source, *, allow_pickle: bool) -> LoraAdapter:
-    """Open one adapter under ``name``, or its own."""
-    if not isinstance(source, LoraAdapter):
-        return LoraAdapter.load(source, name=name, allow_pickle=allow_pickle)
-    return source if name is None else replace(source, name=check_name(name))
 
 
 def named_sources(sources: Mapping[str, Source] | Iterable[Source]) -> Sequence[tuple[str | None, Source]]:

@@ -28,6 +28,20 @@ class ModuleEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskEntry:
+    """Which basis the coefficients of a task that was trained in the bank mean; see ``Bank.basis``."""
+
+    k: int | None
+    """Directions a side that were asked for."""
+    members: int
+    """Derived directions come from so many ordinary members, the first ones; 0: nothing is derived."""
+    fingerprint: str
+    probe: float
+    core: bool = False
+    """One core of each module, not coefficients of A and B."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemberEntry:
     """One adapter of the bank."""
 
@@ -51,6 +65,8 @@ class MemberEntry:
     """Relative error of its update, over all modules; at most that where ``bound`` is set."""
     bound: bool = False
     """The error is a bound: the member was coded from an already coded one."""
+    task: TaskEntry | None = None
+    """Set where the member is a trained task, stored as its own coefficients; none: an ordinary member."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +138,11 @@ class BankIndex:
         for names in ([m.name for m in modules], [name.casefold() for name in members]):
             if len(set(names)) < len(names):
                 raise ValueError("a name appears twice")
+        ordinary = 0
+        for name, member in members.items():
+            if member.task is not None and member.task.members > ordinary:
+                raise ValueError(f"task {name!r} needs {member.task.members} members before it, there are {ordinary}")
+            ordinary += member.task is None
         return cls(
             method=data["method"],
             coding=data["coding"],
@@ -148,6 +169,19 @@ def _member(entry: Mapping[str, Any], configs: int) -> MemberEntry:
         scales=tuple(_number(s) for s in entry["scales"]),
         config=_natural(entry["config"], 0, configs - 1),
         bound=bool(entry.get("bound", False)),
+        task=None if entry.get("task") is None else _task(entry["task"]),
+    )
+
+
+def _task(entry: Mapping[str, Any]) -> TaskEntry:
+    if unknown := entry.keys() - {f.name for f in fields(TaskEntry)}:
+        raise ValueError(f"a task has an unknown field {min(unknown)!r}")
+    return TaskEntry(
+        k=None if entry["k"] is None else _natural(entry["k"], 1, WIDEST),
+        members=_natural(entry["members"]),
+        fingerprint=_text(entry["fingerprint"]),
+        probe=_number(entry["probe"]),
+        core=bool(entry.get("core", False)),
     )
 
 
@@ -180,6 +214,10 @@ def _sparse(entry: MemberEntry) -> dict[str, Any]:
     data = asdict(entry)
     if not data["bound"]:
         del data["bound"]
+    if data["task"] is None:
+        del data["task"]
+    elif not data["task"]["core"]:
+        del data["task"]["core"]
     return data
 
 

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapterbank.adapters import LoraAdapter
 from adapterbank.bank import store
 from adapterbank.bank.coding import Pair, PlainBasis, Slot, encode_plain, encode_predictive
 from adapterbank.bank.family import Family
-from adapterbank.bank.index import MemberEntry, ModuleEntry
+from adapterbank.bank.index import MemberEntry, ModuleEntry, TaskEntry
 from adapterbank.bank.settings import FitSettings
+from adapterbank.bank.task import TaskCoefficients, encode_task
 from adapterbank.codec.predictive import ModuleBasis
 from adapterbank.errors import BankError
 from adapterbank.subspace.eigenlora import canonical
@@ -40,9 +42,11 @@ class MemberConfigs:
     def __init__(self, known: Sequence[Mapping[str, Any]] = ()) -> None:
         self._known = [dict(c) for c in known]
 
-    def index_of(self, config: Mapping[str, Any]) -> int:
-        """Position of a config, appended if it is new."""
-        told = {key: value for key, value in config.items() if key not in _TOLD_ELSEWHERE}
+    def index_of(self, adapter: LoraAdapter) -> int:
+        """Position of an adapter's config, appended if it is new."""
+        told = {key: value for key, value in adapter.config.items() if key not in _TOLD_ELSEWHERE}
+        if told.get("target_modules") == list(adapter.modules):
+            del told["target_modules"]  # all of them by name, which the table says in a byte each
         kept = {key: value for key, value in told.items() if value not in (None, {}, [], False)}
         if kept not in self._known:
             self._known.append(kept)
@@ -51,6 +55,58 @@ class MemberConfigs:
     def all(self) -> tuple[dict[str, Any], ...]:
         """All of them, in the order of their positions."""
         return tuple(self._known)
+
+
+def as_member(
+    adapter: LoraAdapter,
+    payload: Tensor,
+    configs: MemberConfigs,
+    *,
+    values: int,
+    scales: tuple[float, ...],
+    error: float,
+    task: TaskEntry | None = None,
+) -> Coded:
+    """A payload with the adapter's task head beside it, and what the index says of it.
+
+    Args:
+        adapter: Where head and config come from.
+        payload: Its codes.
+        configs: The bank's configs, which a new one is added to.
+        values: Values of all its A and B.
+        scales: The distinct scales of its modules.
+        error: Relative error of its update.
+        task: Set for a trained task that is stored as its own coefficients.
+    """
+    bare, _ = store.serialise({"payload": payload})
+    extras = {f"extra.{name}": adapter.extra(name).contiguous() for name in adapter.extra_names}
+    heads = sum(tensor.numel() * tensor.element_size() for tensor in extras.values())
+    data, digest = store.serialise({"payload": payload} | extras)
+    entry = MemberEntry(
+        sha256=digest,
+        source=adapter.source_hash()[:16],
+        source_bytes=max(adapter.source_bytes - heads, 0),
+        values=values,
+        bytes=len(bare),
+        r=adapter.rank,
+        # a multiplied-out task has scale 1; what it was trained with is in its scales
+        alpha=adapter.alpha if task is None else adapter.rank * scales[0],
+        scales=scales,
+        config=configs.index_of(adapter),
+        error=error,
+        task=task,
+    )
+    return Coded(data=data, entry=entry)
+
+
+def task_member(
+    adapter: LoraAdapter, task: TaskCoefficients, modules: Sequence[ModuleEntry], configs: MemberConfigs
+) -> Coded:
+    """A trained task as it is, without loss."""
+    values = sum(shape.rank * (shape.d_in + shape.d_out) for shape in adapter.modules.values())
+    return as_member(
+        adapter, encode_task(task, modules), configs, values=values, scales=(task.scale,), error=0.0, task=task.entry
+    )
 
 
 class MemberCoder:
@@ -68,23 +124,10 @@ class MemberCoder:
         adapter = self.family.adapters[i]
         scales = tuple(sorted(set(adapter.scales.values())))
         payload, squared_error = self.payload(i, [self._slot(i, m.name, scales) for m in self.modules])
-        bare, _ = store.serialise({"payload": payload})
-        extras = {f"extra.{name}": adapter.extra(name).contiguous() for name in adapter.extra_names}
-        heads = sum(tensor.numel() * tensor.element_size() for tensor in extras.values())
-        data, digest = store.serialise({"payload": payload} | extras)
-        entry = MemberEntry(
-            sha256=digest,
-            source=adapter.source_hash()[:16],
-            source_bytes=max(adapter.source_bytes - heads, 0),
-            values=self.family.values(i),
-            bytes=len(bare),
-            r=adapter.rank,
-            alpha=adapter.alpha,
-            scales=scales,
-            config=self.configs.index_of(adapter.config),
+        return as_member(
+            adapter, payload, self.configs, values=self.family.values(i), scales=scales,
             error=float(f"{math.sqrt(squared_error):.6g}"),
-        )
-        return Coded(data=data, entry=entry)
+        )  # fmt: skip
 
     def payload(self, i: int, slots: list[Slot]) -> tuple[Tensor, float]:
         """Payload and squared relative error of adapter ``i``."""

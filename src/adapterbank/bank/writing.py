@@ -65,7 +65,7 @@ def fixed_bytes(family: Family, settings: FitSettings) -> int:
         config=0, error=0.123456,
     )  # fmt: skip
     for adapter in family.adapters:
-        configs.index_of(adapter.config)
+        configs.index_of(adapter)
     index = BankIndex(
         method=settings.method, coding=settings.coding, parameters=settings.to_json(), slope=1.2345678901234567e-09,
         base=family.base, basis="0" * 64, basis_bytes=10**6,

@@ -1,6 +1,6 @@
 """The command ``adapterbank``: one public call per command. Importing it does not import torch."""
 
-from adapterbank.cli import changing, demo, fitting, looking
+from adapterbank.cli import changing, demo, fitting, looking, training
 from adapterbank.cli.app import app, main
 
 __all__ = ["app", "main"]
@@ -17,5 +17,6 @@ for _command in (
     changing.rename,
     fitting.absorb,
     changing.export,
+    training.train,
 ):
     app.command()(_command)

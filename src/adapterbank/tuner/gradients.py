@@ -1,0 +1,233 @@
+"""What a task's own gradient says before training: directions to add to the basis, and which members point its way.
+
+Only products of gradients with a few vectors are kept, never a dense gradient of any layer.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from adapterbank.adapters import LoraFactors
+from adapterbank.bank import Bank
+from adapterbank.codec.rows import pack_rows
+from adapterbank.errors import AdapterBankError
+from adapterbank.subspace.completion import leading_directions
+from adapterbank.tuner.layer import EigenLoraLayer
+from adapterbank.tuner.live import adapter_config, adapter_layers, module_names
+from adapterbank.tuner.starts import core_of
+
+Loss = Callable[[nn.Module, Any], Tensor]
+OVERSAMPLING = 8
+
+
+def default_loss(model: nn.Module, batch: Any) -> Tensor:
+    """``model(**batch).loss``, as transformers' models give it for batches with labels.
+
+    Raises:
+        AdapterBankError: If there is none.
+    """
+    loss = getattr(model(**batch), "loss", None)
+    if loss is None:
+        raise AdapterBankError(
+            "the model gave no loss: put labels into the batches, or pass loss=function(model, batch)"
+        )
+    found: Tensor = loss
+    return found
+
+
+def augment(
+    model: nn.Module,
+    batches: Iterable[Any],
+    count: int = 16,
+    *,
+    adapter_name: str = "default",
+    loss: Loss = default_loss,
+    bits: int = 4,
+    head_steps: int = 20,
+    head_lr: float = 1e-2,
+    most_batches: int = 8,
+) -> None:
+    """Add the leading directions of the task's gradient to an untrained adapter's basis.
+
+    The head is fitted for a few steps first, since a random one has no gradient worth following. Then two passes over
+    the batches find the leading singular vectors of each layer's weight gradient, outside the basis (randomised SVD,
+    arXiv:0909.4061). They're stored with the adapter at a few bits; as a member of a bank they cost nothing.
+
+    Args:
+        model: A PEFT model with an adapter that starts as the base model.
+        batches: Of a dataloader: mappings that the model takes, or whatever ``loss`` takes.
+        count: Directions a side to add.
+        adapter_name: Which adapter.
+        loss: Loss of a batch.
+        bits: Of a stored value, 4 or 8.
+        head_steps: Steps of AdamW on the modules in ``modules_to_save``; the fitted head stays.
+        head_lr: Their learning rate.
+        most_batches: No more are read.
+
+    Raises:
+        AdapterBankError: If the adapter can't take directions, or there are no batches.
+    """
+    layers, config = adapter_layers(model, adapter_name), adapter_config(model, adapter_name)
+    if config.train != "coefficients" or any("eig_V" in x.weights(adapter_name) for x in layers.values()):
+        raise AdapterBankError("gradient directions go with train='coefficients' and no components of its own")
+    if any(layer.basis_of[adapter_name].fold > 1 for layer in layers.values()):
+        raise AdapterBankError("a flat basis can't be augmented; fit the bank by product")
+    if config.use_mean:
+        raise AdapterBankError("a basis with means takes no gradient directions; leave use_mean out")
+    held = list(islice(batches, most_batches))
+    if not held:
+        raise AdapterBankError("there are no batches to take the gradient of")
+    _fit_head(model, held, loss, head_steps, head_lr)
+    width = count + OVERSAMPLING
+    seeded = torch.Generator().manual_seed(config.seed)
+    tests = {n: torch.randn(x.in_features, width, generator=seeded) for n, x in layers.items()}
+    # first pass: the range of each gradient; second: the gradient on it
+    images = _accumulate(model, layers, held, loss, lambda name, g, x: g.T @ (x @ tests[name].to(x)))
+    ranges = {name: torch.linalg.qr(image)[0] for name, image in images.items()}
+    parts = _accumulate(model, layers, held, loss, lambda name, g, x: (g @ ranges[name].to(g)).T @ x)
+    for name, layer in layers.items():
+        basis = layer.basis_of[adapter_name]
+        seen = parts[name]  # (width, d_in): the gradient is ranges @ seen
+        into = leading_directions(seen, count, basis.V[: basis.k[0]])
+        out = leading_directions(seen.T @ ranges[name].T, count, basis.U[:, : basis.k[1]].T)
+        _extend(layer, adapter_name, _filled(into, count), _filled(out, count), bits)
+    config.gradient_directions += count
+    config.gradient_bits = bits
+
+
+def nearest(
+    model: nn.Module,
+    batches: Iterable[Any],
+    bank: Bank,
+    *,
+    adapter_name: str = "default",
+    loss: Loss = default_loss,
+    head_steps: int = 20,
+    head_lr: float = 1e-2,
+    most_batches: int = 8,
+) -> dict[str, float]:
+    """Members of a bank by how fast a step towards each lowers the task's loss, fastest first.
+
+    To first order: ``-<gradient, dW> / ||dW||`` inside the shared subspace. Give the best to :func:`start_at`.
+
+    Args:
+        model: A PEFT model with an adapter that starts as the base model.
+        batches: As in :func:`augment`.
+        bank: The adapter's bank.
+        adapter_name: Which adapter.
+        loss: As in :func:`augment`.
+        head_steps: As in :func:`augment`.
+        head_lr: As in :func:`augment`.
+        most_batches: No more are read.
+    """
+    layers, held = adapter_layers(model, adapter_name), list(islice(batches, most_batches))
+    names = module_names(model, adapter_name, bank)
+    _fit_head(model, held, loss, head_steps, head_lr)
+
+    def core(name: str, g: Tensor, x: Tensor) -> Tensor:
+        basis = layers[name].basis_of[adapter_name]
+        return (g @ basis.U[:, : basis.k[1]].to(g)).T @ (x @ basis.V[: basis.k[0]].T.to(x))
+
+    gradients = _accumulate(model, layers, held, loss, core)
+    scores = {}
+    for member in bank.names:
+        adapter = bank.reconstruct(member)
+        gain = energy = 0.0
+        for name, gradient in gradients.items():
+            if names[name] in adapter.modules:
+                factors: LoraFactors = adapter.factors(names[name])
+                basis = layers[name].basis_of[adapter_name]
+                update = core_of(basis.V[: basis.k[0]], basis.U[:, : basis.k[1]], [(1.0, factors)])
+                gain -= float((gradient * update).sum())
+                energy += float(update.square().sum())
+        scores[member] = gain / energy**0.5 if energy else 0.0
+    return dict(sorted(scores.items(), key=lambda item: -item[1]))
+
+
+def _accumulate(
+    model: nn.Module,
+    layers: Mapping[str, EigenLoraLayer],
+    batches: list[Any],
+    loss: Loss,
+    product: Callable[[str, Float[Tensor, "t d_out"], Float[Tensor, "t d_in"]], Tensor],
+) -> dict[str, Tensor]:
+    """Sums over the batches of ``product(layer, gradient of the output, input)``; the model stays as it was."""
+    sums: dict[str, Tensor] = {}
+    asked = [p for layer in layers.values() for p in layer.parameters() if p.requires_grad]
+    if not asked:
+        raise AdapterBankError("the adapter has nothing to train: activate it with set_adapter first")
+
+    def watch(name: str) -> Any:
+        def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            x = args[0].detach().flatten(0, -2).float()
+
+            def add(gradient: Tensor) -> None:
+                found = product(name, gradient.detach().flatten(0, -2).float(), x).cpu()
+                sums[name] = sums[name] + found if name in sums else found
+
+            output.register_hook(add)  # type: ignore[no-untyped-call]
+
+        return hook
+
+    with _evaluating(model):
+        handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+        try:
+            for batch in batches:
+                # not backward(): nobody's .grad changes
+                torch.autograd.grad(loss(model, batch), asked, allow_unused=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return sums
+
+
+def _fit_head(model: nn.Module, batches: list[Any], loss: Loss, steps: int, lr: float) -> None:
+    heads = [p for n, p in model.named_parameters() if ".modules_to_save." in n and p.requires_grad]
+    if not heads or not steps:
+        return
+    optimizer = torch.optim.AdamW(heads, lr=lr, weight_decay=0.0)
+    with _evaluating(model):
+        for step in range(steps):
+            gradients = torch.autograd.grad(loss(model, batches[step % len(batches)]), heads)
+            for head, gradient in zip(heads, gradients, strict=True):
+                head.grad = gradient
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    # dropout would blur the gradient; modes differ from module to module, so each gets its own back
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _filled(rows: Float[Tensor, "p d"], count: int) -> Float[Tensor, "count d"]:
+    # a gradient of lower rank has no more directions: zeros take no coefficient anywhere
+    return torch.nn.functional.pad(rows, (0, 0, 0, count - len(rows)))
+
+
+@torch.no_grad()
+def _extend(layer: EigenLoraLayer, name: str, into: Tensor, out: Tensor, bits: int) -> None:
+    weights, count = layer.weights(name), len(into)
+    coef_A, coef_B = weights["eig_coef_A"], weights["eig_coef_B"]
+    if "eig_gradient_in" in weights:
+        raise AdapterBankError("the adapter has gradient directions already; augment a fresh one")
+    # new columns like the old ones; one draw for all, so that rows keep the length of a fresh LoRA's
+    fresh = torch.randn(coef_A.shape[0], coef_A.shape[1] + count, device=coef_A.device)
+    fresh = fresh / (3 * fresh.shape[1]) ** 0.5
+    layer.bits[name] = bits
+    layer.set_weight("eig_coef_A", name, fresh)
+    layer.set_weight("eig_coef_B", name, torch.cat([coef_B, coef_B.new_zeros(count, coef_B.shape[1])]))
+    layer.set_weight("eig_gradient_in", name, pack_rows(into, bits))
+    layer.set_weight("eig_gradient_out", name, pack_rows(out, bits))
