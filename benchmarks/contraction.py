@@ -31,8 +31,7 @@ def run(case: Case, seed: int) -> dict[str, Any]:
         for row in _measure(_layer(d, k, r), fields, rest)
     ]
     for row in rows:
-        chosen = tuner_layer.cheaper_through_basis(row["r"], row["k"], row["tokens"])
-        row["right"] = _right(chosen, row["basis_over_built"], fields["tie"])
+        row["right"] = _right(_chosen(row), row["basis_over_built"], fields["tie"])
     right = {mode: _share(row["right"] for row in rows if row["mode"] == mode) for mode in MODES}
     limit = fields["targets"]["right_at_least"]
     return {
@@ -48,7 +47,7 @@ def run(case: Case, seed: int) -> dict[str, Any]:
 
 
 def _layer(d: int, k: int, r: int) -> Any:
-    basis = LayerBasis(id="basis", V=_orthonormal(k, d), U=_orthonormal(k, d).T.contiguous(), k=(k, k), fold=1)
+    basis = LayerBasis(id="basis", V=_orthonormal(k, d), U=_orthonormal(k, d).T, k=(k, k), fold=1)
     layer = tuner_layer.Linear(nn.Linear(d, d), "default", basis, EigenLoraConfig(r=r, k=k, start="random"))
     layer.base_layer.requires_grad_(False)
     return layer
@@ -94,6 +93,10 @@ def _seconds(layer: Any, x: Tensor, result: Tensor, rest: Tensor, *, is_training
     return forward + timed(lambda: torch.autograd.grad(out, trained, result))[1]
 
 
+def _chosen(row: dict[str, Any]) -> bool:
+    return tuner_layer.cheaper_through_basis(row["r"], row["k"], row["tokens"], row["mode"] == "training")
+
+
 def _right(chosen: bool, ratio: float, tie: float) -> bool:
     return chosen == (ratio < 1) or max(ratio, 1 / ratio) <= 1 + tie
 
@@ -114,7 +117,7 @@ def _cost(rows: list[dict[str, Any]]) -> dict[str, float]:
         return float(torch.stack(logs).mean().exp())
 
     return {
-        "rule": over_best(lambda row: tuner_layer.cheaper_through_basis(row["r"], row["k"], row["tokens"])),
+        "rule": over_best(_chosen),
         "always_basis": over_best(lambda _: True),
         "always_built": over_best(lambda _: False),
     }

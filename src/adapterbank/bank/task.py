@@ -50,17 +50,17 @@ def task_factors(
     if "eig_core" in weights:
         A, B = V, U @ (scale * weights["eig_core"])  # (k_in, d_in), (d_out, k_in)
     else:
-        coef_A, coef_B = weights["eig_coef_A"], weights["eig_coef_B"]
+        # the scale on the coefficients: B' is far larger
+        coef_A, coef_B = weights["eig_coef_A"], scale * weights["eig_coef_B"]
         A = coef_A[:, :k_in] @ V[:k_in]  # (r, d_in); (1, r * d_in) in flat banks
         B = U[:, :k_out] @ coef_B[:k_out]  # (d_out, r)
         if len(V) > k_in:  # the mean row of a centred basis
-            A, B = A + V[k_in], B + U[:, k_out:]
+            A, B = A + V[k_in], B + scale * U[:, k_out:]
         if "eig_gradient_in" in weights:
-            A = A + coef_A[:, k_in:] @ unpack_rows(weights["eig_gradient_in"], d_in, bits)
-            B = B + unpack_rows(weights["eig_gradient_out"], d_out, bits).T @ coef_B[k_out:]
+            A = A + coef_A[:, k_in:] @ unpack_rows(weights["eig_gradient_in"], d_in, bits).to(A)
+            B = B + unpack_rows(weights["eig_gradient_out"], d_out, bits).to(B).T @ coef_B[k_out:]
         if V.shape[1] > d_in:
             A, B = A.reshape(-1, d_in), B.T.reshape(-1, d_out).T
-        B = scale * B
     if "eig_free_A" in weights:
         A = torch.cat([A, weights["eig_free_A"]])
         B = torch.cat([B, scale * weights["eig_free_B"]], dim=1)
