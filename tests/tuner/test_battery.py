@@ -21,6 +21,7 @@ from peft import (
 from safetensors.torch import load_file
 
 from adapterbank.adapters import LoraAdapter
+from adapterbank.errors import AdapterBankError, UnknownNameError
 from adapterbank.tuner import export_lora, load, optimizer_groups
 from adapterbank.tuner.layer import EigenLoraLayer
 from tiny_models import ROWS, bert, eigen, gpt2, llama, perturb, t5
@@ -431,6 +432,51 @@ def test_scaling_an_adapter_scales_its_update(model):
     torch.testing.assert_close(layer.get_delta_weight("default"), delta)
 
 
+def names_of_trained(model):
+    return {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad and ".eig_" in n}
+
+
+def test_only_the_active_adapter_is_trained_however_the_others_came(model, bank_dir, fields, tmp_path):
+    model.save_pretrained(tmp_path)
+    load(model, tmp_path, bank=bank_dir, adapter_name="second")
+    model.add_adapter("third", eigen(bank_dir, target_modules=["q_proj"], inference_mode=True, **fields))
+    assert names_of_trained(model) == {"default"}
+    for name in ("second", "third", "default"):
+        model.set_adapter(name)
+        assert names_of_trained(model) == {name}
+    for layer in layers(model):
+        layer.requires_grad_(False)
+    model.set_adapter("second")
+    assert names_of_trained(model) == {"second"}
+
+
+def test_an_adapter_that_can_not_be_added_leaves_nothing(model, bank_dir, inputs, fields, tmp_path):
+    expected = logits(model, inputs)
+    wrong = {**fields, "start": "member:nobody"}
+    with pytest.raises(UnknownNameError, match="nobody"):
+        model.add_adapter("second", eigen(bank_dir, task_type="CAUSAL_LM", **wrong))
+    with pytest.raises(AdapterBankError, match="r=20 is more"):
+        model.add_adapter("second", eigen(bank_dir, r=20, task_type="CAUSAL_LM", **{**fields, "train": "coefficients"}))
+    assert not any("second" in layer.r for layer in layers(model))
+    torch.testing.assert_close(logits(model, inputs), expected, rtol=0, atol=0)
+    plain = llama()
+    with pytest.raises(UnknownNameError, match="nobody"):
+        get_peft_model(plain, eigen(bank_dir, **wrong))
+    assert not layers(plain)
+    model.add_adapter("second", eigen(bank_dir, target_modules=["q_proj"], task_type="CAUSAL_LM", **fields))
+    model.set_adapter("second")
+    model.save_pretrained(tmp_path, selected_adapters=["second"])
+    load(llama(), tmp_path / "second", bank=bank_dir)
+
+
+def test_adding_an_adapter_leaves_a_frozen_head_frozen(bank_dirs, fields):
+    model = get_peft_model(bert(), eigen(bank_dirs["bert"], task_type="SEQ_CLS", **fields))
+    model.set_adapter("default", inference_mode=True)
+    for name in ("second", "third"):
+        model.add_adapter(name, eigen(bank_dirs["bert"], task_type="SEQ_CLS", **fields))
+    assert not any(p.requires_grad for p in model.parameters())
+
+
 # --- dtypes, compilers, other doors -----------------------------------------------------------------------------------
 
 
@@ -443,6 +489,13 @@ def test_a_bf16_base_keeps_float32_coefficients(bank_dir, inputs, fields):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_without_autocast_the_weights_take_the_type_of_the_base(bank_dir, inputs, fields):
+    config = eigen(bank_dir, task_type="CAUSAL_LM", **fields)
+    model = get_peft_model(llama().to(torch.bfloat16), config, autocast_adapter_dtype=False)
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters() if p.requires_grad)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
 
 
 def test_the_whole_model_moves_to_another_dtype(model, inputs):
@@ -494,8 +547,9 @@ def test_layers_can_be_chosen(bank_dir, fields):
     model = get_peft_model(llama(), eigen(bank_dir, exclude_modules=r".*\.0\..*", **fields))
     assert not [n for n in model.targeted_module_names if ".0." in n]
     assert len(model.targeted_module_names) == 4
-    chosen = eigen(bank_dir, target_modules=["q_proj", "v_proj"], layers_to_transform=[1], **fields)
-    assert all(".1." in n for n in get_peft_model(llama(), chosen).targeted_module_names)
+    for chosen in ({}, {"target_modules": ["q_proj", "v_proj"]}):
+        model = get_peft_model(llama(), eigen(bank_dir, layers_to_transform=[1], **chosen, **fields))
+        assert {n.split(".")[2] for n in model.targeted_module_names} == {"1"}
 
 
 @pytest.mark.parametrize("make", [bert, gpt2, t5])

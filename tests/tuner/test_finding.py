@@ -1,5 +1,7 @@
 import json
+import pickle
 import shutil
+from dataclasses import replace
 
 import pytest
 from peft import PeftModel, get_peft_model
@@ -8,6 +10,7 @@ from adapterbank.bank import Bank
 from adapterbank.errors import AdapterBankError, AdapterError, BankError, MissingFileError
 from adapterbank.tuner import EigenLoraConfig, load
 from adapterbank.tuner.finding import VARIABLE, find_basis
+from adapterbank.tuner.live import adapter_layers
 from tiny_models import TARGETS, adapters_for, bert, eigen, llama, perturb
 
 
@@ -106,6 +109,32 @@ def test_a_bank_of_a_wrapped_model_fits_the_bare_one(bank_dirs):
     assert all(name.startswith("encoder.") for name in model.targeted_module_names)
 
 
+def test_a_mistyped_path_is_not_made_up_for_by_the_environment(bank_dir, monkeypatch, tmp_path):
+    monkeypatch.setenv(VARIABLE, str(bank_dir))
+    with pytest.raises(MissingFileError, match=r"there is no bank at .*/bnak; give bank="):
+        get_peft_model(llama(), eigen(tmp_path / "bnak"))
+    assert get_peft_model(llama(), EigenLoraConfig(r=4))  # without a path it is asked
+
+
+def test_a_config_can_be_used_again_with_other_fields(bank_dir):
+    config = eigen(Bank.load(bank_dir), k=8)
+    get_peft_model(llama(), config)
+    config.k = 12
+    config.bank = bank_dir
+    for again in (config, replace(config, k=6)):
+        model = get_peft_model(llama(), again)
+        assert {layer.basis_of["default"].k for layer in adapter_layers(model).values()} == {(again.k, again.k)}
+
+
+def test_an_open_bank_is_named_as_it_is_saved(bank_dir, tmp_path):
+    bank = Bank.fit(adapters_for(llama(), TARGETS["llama"]), max_error=0.1)
+    config = eigen(bank)
+    assert config.to_dict()["bank"] is None
+    bank.save(tmp_path / "mine")
+    assert config.to_dict()["bank"] == "mine"
+    assert pickle.loads(pickle.dumps(config)).bank == str(tmp_path / "mine")
+
+
 # --- broken files -----------------------------------------------------------------------------------------------------
 
 
@@ -126,9 +155,25 @@ def test_missing_and_strange_weights_are_errors(task, bank_dir):
         load(llama(), task, bank=bank_dir)
 
 
+def test_a_file_that_fails_leaves_the_model_as_it_was(task, bank_dir):
+    from safetensors.torch import load_file, save_file
+
+    plain, tuned = llama(), load(llama(), task, bank=bank_dir)
+    tensors = load_file(task / "adapter_model.safetensors")
+    save_file(dict(list(tensors.items())[1:]), task / "adapter_model.safetensors")
+    for model in (plain, tuned):
+        with pytest.raises(AdapterError, match="lacks"):
+            load(model, task, bank=bank_dir, adapter_name="again")
+    assert not hasattr(plain.model.layers[0].self_attn.q_proj, "base_layer")
+    assert list(tuned.peft_config) == ["default"]
+    save_file(tensors, task / "adapter_model.safetensors")
+    load(tuned, task, bank=bank_dir, adapter_name="again", is_trainable=True)
+    assert {n.rpartition(".")[2] for n, p in tuned.named_parameters() if p.requires_grad} == {"again"}
+
+
 def test_other_methods_files_are_refused(tmp_path, bank_dir):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
-    with pytest.raises(AdapterBankError, match="is a LoraConfig, expected one trained in a bank"):
+    with pytest.raises(AdapterBankError, match="is of a LoraConfig, expected a task that was trained in a bank"):
         load(llama(), tmp_path, bank=bank_dir)
 
 
@@ -139,7 +184,9 @@ def test_other_methods_files_are_refused(tmp_path, bank_dir):
         ({"train": "all"}, "train='all' is unknown"),
         ({"free_rank": -1}, "free_rank=-1 is negative"),
         ({"gradient_bits": 3}, "4 or 8 bits"),
-        ({"edge_layers": 1, "gradient_directions": 2}, "need no gradient_directions"),
+        ({"edge_layers": 1, "gradient_directions": 2}, "gradient_directions go with"),
+        ({"train": "core", "gradient_directions": 2}, "gradient_directions go with"),
+        ({"lora_alpha": 0.0}, "makes no update"),
         ({"layers_pattern": "layers"}, "nothing without layers_to_transform"),
     ],
 )

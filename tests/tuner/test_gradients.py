@@ -98,6 +98,38 @@ def test_any_loss_will_do(fresh, inputs):
     assert fresh.peft_config["default"].gradient_directions == 2
 
 
+def test_a_start_outlives_augmenting(bank_dir, batches, inputs):
+    model = get_peft_model(llama(), eigen(bank_dir, start="member:a0")).eval()
+    expected = model(**inputs).logits
+    augment(model, batches, 3)
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-5, atol=1e-6)
+    model(**batches[0]).loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+
+
+def test_the_gradient_is_that_of_the_active_adapter(bank_dirs, inputs):
+    model = get_peft_model(bert(), eigen(bank_dirs["bert"], task_type="SEQ_CLS"))
+    model.add_adapter("second", eigen(bank_dirs["bert"], task_type="SEQ_CLS"))
+    heads = {n: p.clone() for n, p in model.named_parameters() if ".modules_to_save." in n}
+    batch = inputs | {"labels": torch.tensor([0, 1, 2, 0])}
+    with pytest.raises(AdapterBankError, match="'second' is not the one active adapter"):
+        augment(model, [batch], 2, adapter_name="second")
+    model.set_adapter("second")
+    augment(model, [batch], 2, adapter_name="second")
+    moved = {n for n, p in model.named_parameters() if ".modules_to_save." in n and not torch.equal(p, heads[n])}
+    assert moved
+    assert all(".second." in name for name in moved)
+    model.merge_adapter()
+    with pytest.raises(AdapterBankError, match="not the one active adapter"):
+        nearest(model, [batch], Bank.load(bank_dirs["bert"]), adapter_name="second")
+
+
+def test_a_config_may_make_room_for_directions(bank_dir, batches):
+    model = get_peft_model(llama(), eigen(bank_dir, gradient_directions=3))
+    augment(model, batches, 3)
+    assert all(layer.eig_gradient_in["default"].any() for layer in layers(model).values())
+
+
 def test_what_cannot_be_augmented_is_refused(fresh, batches, bank_dir, inputs):
     with pytest.raises(AdapterBankError, match="no batches"):
         augment(fresh, [])
@@ -112,6 +144,8 @@ def test_what_cannot_be_augmented_is_refused(fresh, batches, bank_dir, inputs):
     frozen.set_adapter("default", inference_mode=True)
     with pytest.raises(AdapterBankError, match="nothing to train"):
         augment(frozen, batches)
+    with pytest.raises(AdapterBankError, match="no batches"):
+        nearest(get_peft_model(llama(), eigen(bank_dir)), [], Bank.load(bank_dir))
 
 
 def test_the_nearest_member_is_the_one_that_the_task_is_made_of(inputs):

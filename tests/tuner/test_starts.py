@@ -103,6 +103,23 @@ def test_a_centred_basis_reconstructs_its_members_exactly_at_full_rank():
         torch.testing.assert_close(delta, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_a_scale_multiplies_the_mean_as_well():
+    # B' = scale (U coef_B + mean): fitted by least squares to a member's B
+    bank = paper_bank(method="eigenlora", k=15)
+    model = get_peft_model(llama(), eigen(bank, k=15, use_mean=True, start="member:a3", lora_alpha=8.0))
+    for name, delta in deltas(model).items():
+        factors, basis = bank.reconstruct("a3").factors(name), bank.basis(15).modules[name]
+        rows = factors.B.T / 2 - basis.mean_out
+        B = 2 * (rows @ basis.U @ basis.U.T + basis.mean_out).T
+        torch.testing.assert_close(delta, B @ factors.A, rtol=1e-3, atol=1e-4)
+
+
+def test_frozen_coefficients_start_at_a_member_and_nothing_else(full):
+    model = get_peft_model(llama(), eigen(full, r=6, k=16, train="head", start="member:a1"))
+    for name, expected in projected(full, {"a1": 1.0}, 16).items():
+        torch.testing.assert_close(deltas(model)[name], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_with_all_coefficients_zero_the_update_is_of_the_mean_rows():
     bank = paper_bank(method="eigenlora", k=8)
     model = get_peft_model(llama(), eigen(bank, k=8, use_mean=True, start="random"))

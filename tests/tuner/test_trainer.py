@@ -92,6 +92,18 @@ def test_own_components_change_nothing_by_themselves(bank_dir, inputs):
     assert len(train_components(model)) == len(found)
 
 
+def test_what_would_mix_two_stages_is_refused(bank_dir, data, tmp_path):
+    run = trainer(
+        bank_dir, tmp_path, data, save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+        callbacks=[StagedComponents(0.5)],
+    )  # fmt: skip
+    with pytest.raises(AdapterBankError, match="StagedComponents and load_best_model_at_end"):
+        run.train()
+    for train in ("core", "head"):
+        with pytest.raises(AdapterBankError, match="train='coefficients'"):
+            train_components(get_peft_model(llama(), eigen(bank_dir, train=train)))
+
+
 def test_a_share_is_between_nothing_and_all():
     with pytest.raises(AdapterBankError, match=r"share=1\.0 is outside"):
         StagedComponents(1.0)

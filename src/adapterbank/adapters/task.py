@@ -24,7 +24,8 @@ WEIGHTS = {
 }  # fmt: skip
 SAVED_BASIS = ("shared_V", "shared_U")
 PACKED = ("eig_gradient_in", "eig_gradient_out")
-_TRAINED = ("coefficients", "core", "components", "head")
+TRAINED = ("coefficients", "core", "components", "head")
+"""What a task trains; see ``EigenLoraConfig.train``."""
 _KEPT = ("task_type", "auto_mapping", "revision", "modules_to_save")
 
 
@@ -71,8 +72,8 @@ class TaskConfig:
         r, train = field("r", (int,), 1), field("train", (str,), default="coefficients")
         if r is None:
             raise AdapterError(f"{where}: {CONFIG_FILE} has no r, so its coefficients mean nothing; copy it again")
-        if train not in _TRAINED:
-            raise AdapterError(f"{where}: train={train[:40]!a} is unknown, expected one of {', '.join(_TRAINED)}")
+        if train not in TRAINED:
+            raise AdapterError(f"{where}: train={train[:40]!a} is unknown, expected one of {', '.join(TRAINED)}")
         alpha, probe = field("lora_alpha", (int, float)), field("basis_probe", (int, float))
         bits = field("gradient_bits", (int,), default=4)
         if bits not in (4, 8):

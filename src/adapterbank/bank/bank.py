@@ -191,7 +191,12 @@ class Bank:
     @property
     def name(self) -> str | None:
         """Name of the directory that it was loaded from or saved to; none before."""
-        return None if self._staging.is_at(self._directory) else self._directory.resolve().name
+        return None if self.directory is None else self.directory.resolve().name
+
+    @property
+    def directory(self) -> Path | None:
+        """Directory that it was loaded from or saved to; none before."""
+        return None if self._staging.is_at(self._directory) else self._directory
 
     @property
     def names(self) -> list[str]:

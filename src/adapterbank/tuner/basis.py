@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -39,24 +39,25 @@ class LayerBasis:
     fold: int
     is_edge: bool = False
     """Its components are trained too, in an own copy."""
+    is_own: bool = False
+    """An adapter brought it along: the tensors here are zeros, the layer's buffers are filled from the file."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LayerBasis":
         return self  # never changed, so copies of a model may share it
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class ModelBasis:
-    """Bases of all layers that a config can adapt in one model."""
+    """Bases of all layers that a config can adapt in one model; each is made when it is asked for.
 
-    bank: Bank | None
-    """None where the adapter brought its basis along."""
-    layers: Mapping[str, LayerBasis]
-    """By the layer's name in the model."""
-    modules: Mapping[str, str]
-    """Name in the bank by name in the model."""
+    Args:
+        bank: The bank; none where the adapter brought its basis along.
+        modules: Name in the bank by the layer's name in the model.
+        make: The basis of a layer.
+    """
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "ModelBasis":
-        return self
+    def __init__(self, bank: Bank | None, modules: Mapping[str, str], make: Callable[[str], LayerBasis]) -> None:
+        self.bank, self.modules = bank, modules
+        self._make, self._made = make, dict[str, LayerBasis]()
 
     def layer(self, name: str) -> LayerBasis:
         """The basis of a layer.
@@ -64,12 +65,17 @@ class ModelBasis:
         Raises:
             BankError: If the bank has none for it.
         """
-        if name not in self.layers:
+        if name not in self.modules:
             raise BankError(
                 f"the bank has no basis for {name}; leave target_modules out to adapt what it has: "
-                f"{', '.join(sorted(self.layers)[:3])} and so on"
+                f"{', '.join(sorted(self.modules)[:3])} and so on"
             )
-        return self.layers[name]
+        if name not in self._made:
+            self._made[name] = self._make(name)
+        return self._made[name]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ModelBasis":
+        return self  # only ever grows, so copies of a model may share it
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -118,20 +124,19 @@ def modules_of(basis: BankBasis, model: nn.Module) -> dict[str, str]:
 def model_basis(config: EigenLoraConfig, bank: Bank, basis: BankBasis, model: nn.Module) -> ModelBasis:
     """Bases of all layers that the bank and the model have in common."""
     modules = modules_of(basis, model)
-    layers = layers_of(model)
-    edges = edge_names(list(modules), config.edge_layers)
-    return ModelBasis(
-        bank=bank,
-        modules=modules,
-        layers={
-            name: layer_basis(config, basis.modules[module], basis.fingerprint, module, layers[name], name in edges)
-            for name, module in modules.items()
-        },
-    )
+    layers, edges = layers_of(model), edge_names(list(modules), config.edge_layers)
+
+    def make(name: str) -> LayerBasis:
+        module = modules[name]
+        return layer_basis(
+            config, basis.modules[module], basis.fingerprint, module, layers[name], is_edge=name in edges
+        )
+
+    return ModelBasis(bank, modules, make)
 
 
 def layer_basis(
-    config: EigenLoraConfig, basis: SharedBasis, fingerprint: str, module: str, layer: nn.Module, is_edge: bool
+    config: EigenLoraConfig, basis: SharedBasis, fingerprint: str, module: str, layer: nn.Module, *, is_edge: bool
 ) -> LayerBasis:
     """The bank's basis of one module with the config's augmentation beside it."""
     recipe = [fingerprint, config.random_directions, config.seed, config.base_directions, config.use_mean]

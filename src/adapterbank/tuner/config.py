@@ -1,13 +1,15 @@
 """What a task trained in a bank is: ``EigenLoraConfig``, in PEFT's form."""
 
+import copy
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 
 from adapterbank.adapters.names import base_model_id
+from adapterbank.adapters.task import TRAINED
 from adapterbank.bank import Bank
 from adapterbank.codec.rows import ROW_BITS
 from adapterbank.errors import AdapterBankError
@@ -15,7 +17,6 @@ from adapterbank.tuner.peft_type import add_peft_type
 
 NAME = "EIGENLORAX"
 PREFIX = "eig_"
-TRAINED = ("coefficients", "core", "components", "head")
 EIGENLORAX = add_peft_type(NAME)
 
 
@@ -76,13 +77,16 @@ class EigenLoraConfig(PeftConfig):
     """Set on use: derived directions come from so many members, the first ones."""
     basis_probe: float | None = None
     """Set on use: tells whether a basis computed again came out the same."""
+    base_probe: float | None = None
+    """Set on use: the same for ``base_directions``, which another precision of the base weight changes."""
     basis_shapes: dict[str, list[int]] | None = field(default=None)
-    """Set with ``save_basis``: ``[rows of V, columns of U, fold]`` of each module."""
+    """Set with ``save_basis``: ``[k_in, k_out, fold, rows of V, columns of U, is_edge]`` by ``layer:basis id``."""
+    is_saved: bool = False
+    """Set in files: the fingerprint is that of trained coefficients, so no other bank will do."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = EIGENLORAX
-        self.handle = BankHandle(None)
         self.use_bank(self.bank)
         self.origin: str | None = None
         for name in ("target_modules", "exclude_modules"):
@@ -93,6 +97,8 @@ class EigenLoraConfig(PeftConfig):
     def _check(self) -> None:
         if self.r < 1:
             raise AdapterBankError(f"r={self.r} is no rank; give at least 1")
+        if self.lora_alpha is not None and not 0 < abs(self.lora_alpha) < float("inf"):
+            raise AdapterBankError(f"lora_alpha={self.lora_alpha} makes no update; give another, or leave it out")
         if self.train not in TRAINED:
             raise AdapterBankError(f"train={self.train!r} is unknown; choose from {', '.join(TRAINED)}")
         if self.start not in ("base", "random", "mean") and not self.start.startswith("member:"):
@@ -109,11 +115,9 @@ class EigenLoraConfig(PeftConfig):
                 raise AdapterBankError(f"{name}={getattr(self, name)} is negative")
         if self.layers_pattern and not self.layers_to_transform:
             raise AdapterBankError("layers_pattern does nothing without layers_to_transform")
-        own = self.train == "components" or self.edge_layers
+        own = self.train != "coefficients" or self.edge_layers
         if own and self.gradient_directions:
-            raise AdapterBankError(
-                "components that are trained themselves need no gradient_directions; set one of them"
-            )
+            raise AdapterBankError("gradient_directions go with train='coefficients' and without edge_layers")
 
     @property
     def scaling(self) -> float:
@@ -122,17 +126,27 @@ class EigenLoraConfig(PeftConfig):
 
     def use_bank(self, bank: Bank | str | os.PathLike[str] | None) -> None:
         """Take this bank, open or as a path, instead of looking for one; none: nothing changes."""
-        if isinstance(bank, Bank):
-            self.bank, self.handle = bank.name, BankHandle(bank)
-        elif bank is not None:
-            self.bank, self.handle = os.fspath(bank), BankHandle(None)
+        if bank is not None:
+            self.bank = bank if isinstance(bank, Bank) else os.fspath(bank)
 
     def to_dict(self) -> dict[str, Any]:
         """Fields for ``adapter_config.json``: the bank by its name, never by a path, and no start, which is over."""
-        data: dict[str, Any] = super().to_dict()
+        data = {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(self) if f.name != "bank"}
         # sets have no order of their own, and equal tasks should have equal files
         data |= {name: sorted(value) for name, value in data.items() if isinstance(value, set)}
-        return data | {"bank": base_model_id(self.bank), "start": "base"}
+        name = self.bank.name if isinstance(self.bank, Bank) else base_model_id(self.bank)
+        return data | {"bank": name, "start": "base", "is_saved": True}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "EigenLoraConfig":
+        # copies share the open bank: it may hold changes that are not saved, and is nobody's to copy
+        copied = copy.copy(self)
+        copied.__dict__.update(copy.deepcopy({k: v for k, v in self.__dict__.items() if k != "bank"}, memo))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        # an open bank can't travel to another process; its directory can
+        place = self.bank.directory if isinstance(self.bank, Bank) else self.bank
+        return {**self.__dict__, "bank": None if place is None else os.fspath(place)}
 
     @classmethod
     def from_pretrained(
@@ -149,17 +163,3 @@ class EigenLoraConfig(PeftConfig):
             found = Path(pretrained_model_name_or_path, subfolder or "")
             config.origin = str(found) if found.is_dir() else None
         return config
-
-
-class BankHandle:
-    """An open bank that a config was given; copies and pickles of the config share or drop it."""
-
-    def __init__(self, bank: Bank | None) -> None:
-        self.bank = bank
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "BankHandle":
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # unsaved changes of a bank can't travel to another process; its name does, in the config
-        return BankHandle, (None,)

@@ -8,7 +8,7 @@ from pathlib import Path
 from adapterbank.adapters.peft_files import HUB_ID
 from adapterbank.bank import Bank
 from adapterbank.bank.shared_basis import BankBasis
-from adapterbank.errors import AdapterBankError, BankError, MissingFileError
+from adapterbank.errors import BankError, MissingFileError
 from adapterbank.tuner.config import EigenLoraConfig
 
 VARIABLE = "ADAPTERBANK_BANK"
@@ -26,15 +26,15 @@ def find_basis(config: EigenLoraConfig) -> tuple[Bank, BankBasis]:
     wrong: BankError | None = None
     for place, bank in _banks(config, looked):
         try:
-            # a config that was never used takes all members there are
-            basis = bank.basis(config.k, members=config.bank_members if config.bank_fingerprint else None)
-            basis.check(config.bank_fingerprint, config.basis_probe, where)
+            # a config that is not out of a file takes the bank as it is now
+            basis = bank.basis(config.k, members=config.bank_members if config.is_saved else None)
+            if config.is_saved:
+                basis.check(config.bank_fingerprint, config.basis_probe, where)
         except BankError as error:
-            if config.bank_fingerprint is None:
+            if not config.is_saved:
                 raise
             wrong = wrong or BankError(f"{place}: {error}")
             continue
-        config.handle.bank = bank
         config.bank_fingerprint, config.bank_members = basis.fingerprint, basis.members
         config.basis_probe = basis.probe
         return bank, basis
@@ -44,8 +44,8 @@ def find_basis(config: EigenLoraConfig) -> tuple[Bank, BankBasis]:
 
 
 def _banks(config: EigenLoraConfig, looked: list[str]) -> Iterator[tuple[str, Bank]]:
-    if config.handle.bank is not None:
-        yield "the bank given", config.handle.bank
+    if isinstance(config.bank, Bank):
+        yield "the bank given", config.bank
         return
     for path in _places(config):
         looked.append(str(path))
@@ -62,6 +62,8 @@ def _banks(config: EigenLoraConfig, looked: list[str]) -> Iterator[tuple[str, Ba
 def _places(config: EigenLoraConfig) -> Iterator[Path]:
     if config.bank:
         yield Path(config.bank).expanduser()
+        if not config.is_saved:
+            return  # a mistyped path must not lead to training in another bank
     name = Path(config.bank).name if config.bank else "bank"
     for entry in os.environ.get(VARIABLE, "").split(os.pathsep):
         if entry:
@@ -98,22 +100,11 @@ def _opened(directory: Path, changed: int, size: int) -> Bank:
 
 
 def _missing(config: EigenLoraConfig, looked: list[str]) -> str:
-    if config.bank is None and config.bank_fingerprint is None:
-        return "EigenLoraConfig needs a bank: give bank=DIRECTORY, a Bank or a hub id"
-    wanted = config.bank or "of unknown name"
-    print_ = f", basis {config.bank_fingerprint}" if config.bank_fingerprint else ""
+    places = ", ".join(dict.fromkeys(looked)) or "nowhere to look"
+    if not config.is_saved:
+        given = f"there is no bank at {places}" if config.bank else f"EigenLoraConfig needs a bank ({places})"
+        return f"{given}; give bank=DIRECTORY, a Bank or a hub id, or set {VARIABLE}"
     return (
-        f"the bank {wanted!r}{print_} was not found ({', '.join(dict.fromkeys(looked)) or 'nowhere to look'}); pass "
-        f"bank= to adapterbank.tuner.load, or set {VARIABLE} to its directory"
+        f"the bank {config.bank or 'of unknown name'!r}, basis {config.bank_fingerprint} was not found ({places}); "
+        f"pass bank= to adapterbank.tuner.load, or set {VARIABLE} to its directory"
     )
-
-
-def require_peft_config(config: object) -> EigenLoraConfig:
-    """The config itself, if it is ours.
-
-    Raises:
-        AdapterBankError: If it is another method's.
-    """
-    if not isinstance(config, EigenLoraConfig):
-        raise AdapterBankError(f"the adapter is a {type(config).__name__}, expected one trained in a bank")
-    return config

@@ -72,17 +72,12 @@ def augment(
     Raises:
         AdapterBankError: If the adapter can't take directions, or there are no batches.
     """
-    layers, config = adapter_layers(model, adapter_name), adapter_config(model, adapter_name)
-    if config.train != "coefficients" or any("eig_V" in x.weights(adapter_name) for x in layers.values()):
-        raise AdapterBankError("gradient directions go with train='coefficients' and no components of its own")
-    if any(layer.basis_of[adapter_name].fold > 1 for layer in layers.values()):
-        raise AdapterBankError("a flat basis can't be augmented; fit the bank by product")
-    if config.use_mean:
-        raise AdapterBankError("a basis with means takes no gradient directions; leave use_mean out")
-    held = list(islice(batches, most_batches))
-    if not held:
-        raise AdapterBankError("there are no batches to take the gradient of")
-    _fit_head(model, held, loss, head_steps, head_lr)
+    layers, config = _ready(model, adapter_name), adapter_config(model, adapter_name)
+    own = any("eig_V" in layer.weights(adapter_name) for layer in layers.values())
+    if config.train != "coefficients" or own or config.use_mean:
+        raise AdapterBankError("gradient directions go with train='coefficients', no means and no own components")
+    held = _held(batches, most_batches)
+    _fit_head(model, adapter_name, held, loss, head_steps, head_lr)
     width = count + OVERSAMPLING
     seeded = torch.Generator().manual_seed(config.seed)
     tests = {n: torch.randn(x.in_features, width, generator=seeded) for n, x in layers.items()}
@@ -91,12 +86,12 @@ def augment(
     ranges = {name: torch.linalg.qr(image)[0] for name, image in images.items()}
     parts = _accumulate(model, layers, held, loss, lambda name, g, x: (g @ ranges[name].to(g)).T @ x)
     for name, layer in layers.items():
-        basis = layer.basis_of[adapter_name]
+        V, U = layer.basis(adapter_name)
         seen = parts[name]  # (width, d_in): the gradient is ranges @ seen
-        into = leading_directions(seen, count, basis.V[: basis.k[0]])
-        out = leading_directions(seen.T @ ranges[name].T, count, basis.U[:, : basis.k[1]].T)
+        into = leading_directions(seen, count, V)
+        out = leading_directions(seen.T @ ranges[name].T, count, U.T)
         _extend(layer, adapter_name, _filled(into, count), _filled(out, count), bits)
-    config.gradient_directions += count
+    config.gradient_directions = count
     config.gradient_bits = bits
 
 
@@ -124,14 +119,18 @@ def nearest(
         head_steps: As in :func:`augment`.
         head_lr: As in :func:`augment`.
         most_batches: No more are read.
+
+    Raises:
+        AdapterBankError: If the adapter is not the active one, or there are no batches.
     """
-    layers, held = adapter_layers(model, adapter_name), list(islice(batches, most_batches))
+    layers, held = _ready(model, adapter_name), _held(batches, most_batches)
     names = module_names(model, adapter_name, bank)
-    _fit_head(model, held, loss, head_steps, head_lr)
+    _fit_head(model, adapter_name, held, loss, head_steps, head_lr)
+    bases = {name: layer.basis(adapter_name) for name, layer in layers.items()}
 
     def core(name: str, g: Tensor, x: Tensor) -> Tensor:
-        basis = layers[name].basis_of[adapter_name]
-        return (g @ basis.U[:, : basis.k[1]].to(g)).T @ (x @ basis.V[: basis.k[0]].T.to(x))
+        V, U = bases[name]
+        return (g @ U.to(g)).T @ (x @ V.T.to(x))
 
     gradients = _accumulate(model, layers, held, loss, core)
     scores = {}
@@ -141,12 +140,31 @@ def nearest(
         for name, gradient in gradients.items():
             if names[name] in adapter.modules:
                 factors: LoraFactors = adapter.factors(names[name])
-                basis = layers[name].basis_of[adapter_name]
-                update = core_of(basis.V[: basis.k[0]], basis.U[:, : basis.k[1]], [(1.0, factors)])
+                update = core_of(*bases[name], [(1.0, factors)])
                 gain -= float((gradient * update).sum())
                 energy += float(update.square().sum())
         scores[member] = gain / energy**0.5 if energy else 0.0
     return dict(sorted(scores.items(), key=lambda item: -item[1]))
+
+
+def _ready(model: nn.Module, adapter_name: str) -> dict[str, EigenLoraLayer]:
+    """Layers of an adapter that is active alone: the gradient would be another adapter's otherwise."""
+    layers = adapter_layers(model, adapter_name)
+    for layer in layers.values():
+        if layer.active_adapters != [adapter_name] or layer.merged or layer.disable_adapters:
+            raise AdapterBankError(
+                f"{adapter_name!r} is not the one active adapter; call set_adapter({adapter_name!r})"
+            )
+        if layer.basis_of[adapter_name].fold > 1:
+            raise AdapterBankError("a flat basis has no directions of rows; fit the bank by product")
+    return layers
+
+
+def _held(batches: Iterable[Any], most: int) -> list[Any]:
+    held = list(islice(batches, most))
+    if not held:
+        raise AdapterBankError("there are no batches to take the gradient of")
+    return held
 
 
 def _accumulate(
@@ -160,7 +178,7 @@ def _accumulate(
     sums: dict[str, Tensor] = {}
     asked = [p for layer in layers.values() for p in layer.parameters() if p.requires_grad]
     if not asked:
-        raise AdapterBankError("the adapter has nothing to train: activate it with set_adapter first")
+        raise AdapterBankError("the adapter has nothing to train: call set_adapter, without inference_mode")
 
     def watch(name: str) -> Any:
         def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -186,14 +204,16 @@ def _accumulate(
     return sums
 
 
-def _fit_head(model: nn.Module, batches: list[Any], loss: Loss, steps: int, lr: float) -> None:
-    heads = [p for n, p in model.named_parameters() if ".modules_to_save." in n and p.requires_grad]
+def _fit_head(model: nn.Module, adapter_name: str, batches: list[Any], loss: Loss, steps: int, lr: float) -> None:
+    mine = f".modules_to_save.{adapter_name}."
+    heads = [p for n, p in model.named_parameters() if mine in n and p.requires_grad]
     if not heads or not steps:
         return
     optimizer = torch.optim.AdamW(heads, lr=lr, weight_decay=0.0)
     with _evaluating(model):
         for step in range(steps):
-            gradients = torch.autograd.grad(loss(model, batches[step % len(batches)]), heads)
+            value = loss(model, batches[step % len(batches)])
+            gradients = torch.autograd.grad(value, heads, allow_unused=True)
             for head, gradient in zip(heads, gradients, strict=True):
                 head.grad = gradient
             optimizer.step()
@@ -220,14 +240,18 @@ def _filled(rows: Float[Tensor, "p d"], count: int) -> Float[Tensor, "count d"]:
 @torch.no_grad()
 def _extend(layer: EigenLoraLayer, name: str, into: Tensor, out: Tensor, bits: int) -> None:
     weights, count = layer.weights(name), len(into)
-    coef_A, coef_B = weights["eig_coef_A"], weights["eig_coef_B"]
-    if "eig_gradient_in" in weights:
+    there = weights.get("eig_gradient_in")
+    if there is not None and (there.any() or len(there) != count):
         raise AdapterBankError("the adapter has gradient directions already; augment a fresh one")
-    # new columns like the old ones; one draw for all, so that rows keep the length of a fresh LoRA's
-    fresh = torch.randn(coef_A.shape[0], coef_A.shape[1] + count, device=coef_A.device)
-    fresh = fresh / (3 * fresh.shape[1]) ** 0.5
+    coef_A, coef_B = weights["eig_coef_A"], weights["eig_coef_B"]
+    if coef_B.any():  # it has a start: the update stays as it is
+        fresh = torch.nn.functional.pad(coef_A, (0, count))
+    else:  # one draw for all columns, so that rows keep the length of a fresh LoRA's
+        fresh = torch.randn(coef_A.shape[0], coef_A.shape[1] + count).to(coef_A)
+        fresh = fresh / (3 * fresh.shape[1]) ** 0.5
     layer.bits[name] = bits
-    layer.set_weight("eig_coef_A", name, fresh)
-    layer.set_weight("eig_coef_B", name, torch.cat([coef_B, coef_B.new_zeros(count, coef_B.shape[1])]))
+    if there is None:  # otherwise its config has made room
+        layer.set_weight("eig_coef_A", name, fresh)
+        layer.set_weight("eig_coef_B", name, torch.cat([coef_B, coef_B.new_zeros(count, coef_B.shape[1])]))
     layer.set_weight("eig_gradient_in", name, pack_rows(into, bits))
     layer.set_weight("eig_gradient_out", name, pack_rows(out, bits))

@@ -55,7 +55,6 @@ class EigenLoraLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
-        self._with_grad: set[str] = set()
         sizes = sizes_of(self.get_base_layer())
         if sizes is None:
             raise AdapterBankError(
@@ -91,6 +90,8 @@ class EigenLoraLayer(BaseTunerLayer):
         self.bits[adapter_name] = config.gradient_bits
         fixed = {"eig_gradient_in", "eig_gradient_out"}
         weights = _new_weights(basis, config, (self.in_features, self.out_features))
+        if config.train == "components" or basis.is_edge:
+            weights |= {"eig_V": self.shared_V[basis.id].clone(), "eig_U": self.shared_U[basis.id].clone()}
         if config.train == "head":
             fixed |= weights.keys()
         self.fixed[adapter_name] = frozenset(fixed)
@@ -106,7 +107,7 @@ class EigenLoraLayer(BaseTunerLayer):
             container = nn.ParameterDict()
             setattr(self, name, container)
             self.adapter_layer_names = (*self.adapter_layer_names, name)
-        trained = adapter_name in self._with_grad and name not in self.fixed[adapter_name]
+        trained = adapter_name in self.trained_adapters() and name not in self.fixed[adapter_name]
         container[adapter_name] = nn.Parameter(value.to(self._device()), requires_grad=trained)
 
     def weights(self, adapter_name: str) -> dict[str, nn.Parameter]:
@@ -126,16 +127,22 @@ class EigenLoraLayer(BaseTunerLayer):
         device: torch.device | None = self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
         return device
 
+    def trained_adapters(self) -> set[str]:
+        """Adapters with a weight that asks for gradients; the flags themselves, since anybody may set those."""
+        containers = [getattr(self, name) for name in self.adapter_layer_names]
+        # not by item: ParameterDict's own access is ten times slower, and there may be hundreds of adapters
+        return {key for c in containers for key, weight in c._parameters.items() if weight.requires_grad}
+
     def _share(self, basis: LayerBasis, *, persistent: bool) -> None:
         for container, value in ((self.shared_V, basis.V), (self.shared_U, basis.U)):
             if basis.id not in container or (persistent and basis.id in container._non_persistent_buffers_set):
-                # persistence is decided when a buffer is registered
+                # persistence is decided when a buffer is registered; a file is loaded into it, so it's no alias
                 container.persistent = persistent
-                container[basis.id] = container[basis.id] if basis.id in container else value.to(self._device())
+                there = container[basis.id] if basis.id in container else value.to(self._device())
+                container[basis.id] = there.clone() if persistent else there
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter, and its basis when no other needs it."""
-        self._with_grad.discard(adapter_name)
         super().delete_adapter(adapter_name)
         used = {basis.id for basis in self.basis_of.values()}
         for container in (self.shared_V, self.shared_U):
@@ -150,11 +157,8 @@ class EigenLoraLayer(BaseTunerLayer):
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         wanted = set() if inference_mode else {name for name in names if name in self.r}
-        for name in self._with_grad - wanted:
-            self._set_grad(name, False)
-        for name in wanted:
-            self._set_grad(name, True)
-        self._with_grad = wanted
+        for name in self.trained_adapters() | wanted:
+            self._set_grad(name, name in wanted)
         self._active_adapter = names
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -162,14 +166,13 @@ class EigenLoraLayer(BaseTunerLayer):
         for name in {adapter_names} if isinstance(adapter_names, str) else set(adapter_names):
             if name in self.r:
                 self._set_grad(name, requires_grad)
-                (self._with_grad.add if requires_grad else self._with_grad.discard)(name)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off; the weights stay."""
         if enabled:
             self.set_adapter(self.active_adapters)
         else:
-            self.set_requires_grad(sorted(self._with_grad), False)
+            self.set_requires_grad(sorted(self.trained_adapters()), False)
         self._disable_adapters = not enabled
 
     def _set_grad(self, adapter_name: str, value: bool) -> None:
@@ -214,8 +217,14 @@ class EigenLoraLayer(BaseTunerLayer):
     def _components(self, adapter_name: str, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         if "eig_V" in weights:
             return weights["eig_V"], weights["eig_U"]
-        key = self.basis_of[adapter_name].id
-        return self.shared_V[key], self.shared_U[key]
+        key, leading = self.basis_of[adapter_name].id, _leading(weights)
+        return self.shared_V[key].to(leading.dtype), self.shared_U[key].to(leading.dtype)
+
+    def basis(self, adapter_name: str) -> tuple[Float[Tensor, "k_in d_in"], Float[Tensor, "d_out k_out"]]:
+        """Shared directions of an adapter, without means, on the CPU."""
+        shared, key = self.basis_of[adapter_name], self.basis_of[adapter_name].id
+        V, U = self.shared_V[key].detach().float().cpu(), self.shared_U[key].detach().float().cpu()
+        return V[: shared.k[0]], U[:, : shared.k[1]]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The dense update in the base weight's own orientation."""
@@ -248,8 +257,7 @@ class EigenLoraLayer(BaseTunerLayer):
 
     def _plus(self, result: Float[Tensor, "... d_out"], x: Float[Tensor, "... d_in"], name: str) -> Tensor:
         weights = self.weights(name)
-        leading = weights["eig_core"] if "eig_core" in weights else weights["eig_coef_A"]
-        h = self._cast_input_dtype(x, leading.dtype)
+        h = self._cast_input_dtype(x, _leading(weights).dtype)
         if self.dropout[name]:
             h = F.dropout(h, self.dropout[name], self.training)
         tokens, basis = h.numel() // self.in_features, self.basis_of[name]
@@ -351,6 +359,10 @@ class Linear(nn.Module, EigenLoraLayer):
         return str(quantization_extra_repr(self))
 
 
+def _leading(weights: Mapping[str, Tensor]) -> Tensor:
+    return weights["eig_core"] if "eig_core" in weights else weights["eig_coef_A"]
+
+
 def cheaper_through_basis(r: int, k: int, tokens: int, training: bool) -> bool:
     """Whether ``x V^T coef_A^T coef_B^T U^T`` takes less than building ``A'`` and ``B'`` first.
 
@@ -385,6 +397,4 @@ def _new_weights(basis: LayerBasis, config: EigenLoraConfig, sizes: tuple[int, i
     if config.free_rank:
         weights["eig_free_A"] = torch.randn(config.free_rank, d_in) / (3 * d_in) ** 0.5
         weights["eig_free_B"] = torch.zeros(d_out, config.free_rank)
-    if config.train == "components" or basis.is_edge:
-        weights["eig_V"], weights["eig_U"] = basis.V.clone(), basis.U.clone()
     return weights

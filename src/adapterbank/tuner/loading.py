@@ -3,14 +3,13 @@
 from os import PathLike
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.utils import load_peft_weights
 
 from adapterbank.bank import Bank
 from adapterbank.errors import AdapterError
 from adapterbank.tuner.config import EigenLoraConfig
-from adapterbank.tuner.finding import require_peft_config
 
 
 def load(
@@ -20,6 +19,7 @@ def load(
     bank: Bank | str | PathLike[str] | None = None,
     adapter_name: str = "default",
     is_trainable: bool = False,
+    **download: Any,
 ) -> PeftModel:
     """Load a trained task into a model.
 
@@ -29,6 +29,7 @@ def load(
         bank: Its bank, where it can't be found by itself; see ``EigenLoraConfig.bank``.
         adapter_name: Name of the adapter in the model.
         is_trainable: Whether training goes on.
+        download: ``subfolder``, ``revision``, ``token`` and the like, as for ``PeftModel.from_pretrained``.
 
     Returns:
         The ``PeftModel``.
@@ -36,25 +37,31 @@ def load(
     Raises:
         MissingFileError: If the bank is not found.
         BankError: If it is another bank, or not as it was.
-        AdapterError: If the file lacks weights, or has others than the config says.
+        AdapterError: If the file lacks weights, or has others than the config says. The model is then as it was.
     """
-    config = require_peft_config(EigenLoraConfig.from_pretrained(str(path)))
-    config.use_bank(bank)
+    config = EigenLoraConfig.from_pretrained(str(path), bank=bank, **download)
+    if not isinstance(config, EigenLoraConfig):
+        raise AdapterError(f"{path} is of a {type(config).__name__}, expected a task that was trained in a bank")
     config.inference_mode = not is_trainable
-    weights = load_peft_weights(str(path), device="cpu")
-    if isinstance(model, PeftModel):
-        model.add_adapter(adapter_name, config)
-    else:
+    weights = load_peft_weights(str(path), device="cpu", **download)
+    fresh = not isinstance(model, PeftModel)
+    if fresh:
         kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
         model = kind(model, config, adapter_name)
-    _compare(model, adapter_name, weights, str(path))
-    model.load_adapter(str(path), adapter_name, is_trainable=is_trainable)
+    else:
+        model.add_adapter(adapter_name, config)
+    try:
+        _compare(model, adapter_name, weights, str(path))
+    except AdapterError:
+        model.unload() if fresh else model.delete_adapter(adapter_name)
+        raise
+    set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
+    if is_trainable:
+        model.set_requires_grad(adapter_name)
     return model if is_trainable else model.eval()
 
 
 def _compare(model: PeftModel, adapter_name: str, weights: dict[str, Any], path: str) -> None:
-    from peft import get_peft_model_state_dict
-
     expected = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     for key, value in expected.items():
         if key not in weights:

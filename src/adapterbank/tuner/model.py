@@ -1,19 +1,21 @@
 """``EigenLoraModel``: puts the layers into a model, and adds the hundredth adapter as fast as the first."""
 
+import copy
 import operator
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
 from peft.import_utils import is_torchao_available
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_modules
 from torch import Tensor, nn
 
 from adapterbank.errors import BankError, MissingFileError
+from adapterbank.tuner.base_directions import check_base_directions
 from adapterbank.tuner.basis import ModelBasis, model_basis
 from adapterbank.tuner.config import PREFIX, EigenLoraConfig
 from adapterbank.tuner.finding import find_basis
@@ -48,32 +50,47 @@ class EigenLoraModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """See ``BaseTuner.inject_adapter``; an adapter like an earlier one goes straight to that one's layers."""
+        """See ``BaseTuner.inject_adapter``; an adapter like an earlier one goes straight to that one's layers.
+
+        An error leaves the model without the adapter.
+        """
         config: EigenLoraConfig = self.peft_config[adapter_name]
         basis = self._basis(config)
         object.__setattr__(self, "_current", basis)  # for the hooks that PEFT calls, layer by layer
-        wish = _wish(config)
-        if state_dict is None and wish in self._targets:
-            self._add(model, adapter_name, self._targets[wish], basis, low_cpu_mem_usage)
-        else:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-            names = [n for n, m in model.named_modules() if isinstance(m, EigenLoraLayer) and adapter_name in m.r]
-            if state_dict is None:
-                self._targets[wish] = (names, config.target_modules)
+        starts = None
         if config.start not in ("base", "random") and not low_cpu_mem_usage and basis.bank is not None:
-            start_from(model, basis, adapter_name, start_weights(basis.bank, config.start))
+            starts = start_weights(basis.bank, config.start)
+        wish = _wish(config)
+        try:
+            if state_dict is None and wish in self._targets and not self._is_merged():
+                self._add(model, adapter_name, self._targets[wish], basis, low_cpu_mem_usage)
+            else:
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            mine = {n: m for n, m in model.named_modules() if isinstance(m, EigenLoraLayer) and adapter_name in m.r}
+            if starts is not None and basis.bank is not None:
+                start_from(model, basis.bank, basis.modules, adapter_name, starts)
+            check_base_directions(config, mine, adapter_name)
+        except Exception:
+            self._take_back(model, adapter_name)
+            raise
+        if state_dict is None:
+            self._targets[wish] = (list(mine), config.target_modules)
         config.basis_shapes = shapes_of(model, adapter_name) if config.save_basis else None
 
     def _add(
         self, model: nn.Module, adapter_name: str, targets: Any, basis: ModelBasis, low_cpu_mem_usage: bool
     ) -> None:
         config: EigenLoraConfig = self.peft_config[adapter_name]
-        names, config.target_modules = targets
+        names, target_modules = targets
+        config.target_modules = copy.copy(target_modules)
         self._check_new_adapter_config(config)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             for name in names:
                 layer: Any = model.get_submodule(name)
                 layer.update_layer(adapter_name, basis.layer(name), config, activate=False)
+        # adding an adapter must not change what is trained (as in BaseTuner.inject_adapter)
+        heads = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        flags = [(p, p.requires_grad) for head in heads for p in head.parameters()]
         set_additional_trainable_modules(
             model=model,
             peft_config=config,
@@ -81,6 +98,25 @@ class EigenLoraModel(BaseTuner):
             adapter_name=adapter_name,
             activate_adapter=adapter_name in self.active_adapters,
         )
+        for parameter, flag in flags:
+            parameter.requires_grad = flag
+
+    def _is_merged(self) -> bool:
+        return any(isinstance(m, EigenLoraLayer) and m.merged for m in self.model.modules())
+
+    @staticmethod
+    def _take_back(model: nn.Module, adapter_name: str) -> None:
+        """Undo an injection that failed; layers that were wrapped for it alone are bare again."""
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, EigenLoraLayer) and adapter_name in layer.r:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # about the adapter that is now active, which is as before
+                    active = [other for other in layer.active_adapters if other != adapter_name]
+                    layer.delete_adapter(adapter_name)
+                    layer._active_adapter = active or layer.active_adapters
+                if not layer.r:
+                    parent, _, child = name.rpartition(".")
+                    setattr(model.get_submodule(parent), child, layer.base_layer)
 
     def _basis(self, config: EigenLoraConfig) -> ModelBasis:
         """Bases of the model's layers for a config, made once for all adapters of one recipe."""
@@ -92,17 +128,29 @@ class EigenLoraModel(BaseTuner):
             return basis_from_shapes(config, self.model)
         recipe = (
             basis.fingerprint, config.random_directions, config.seed, config.base_directions, config.use_mean,
-            config.edge_layers,
+            config.edge_layers, id(bank),
         )  # fmt: skip
         if recipe not in self._bases:
+            # with the bank itself in it, so that its id stays its own
             self._bases[recipe] = model_basis(config, bank, basis, self.model)
         found: ModelBasis = self._bases[recipe]
-        return found if found.bank is bank else replace(found, bank=bank)
+        return found
 
     def _prepare_adapter_config(self, peft_config: EigenLoraConfig, model_config: Any) -> EigenLoraConfig:
+        object.__setattr__(self, "_exact", None)
         if peft_config.target_modules is None:
-            peft_config.target_modules = set(self._current.layers)
+            # PEFT takes a full name as chosen, whatever layers_to_transform says, and as the end of longer names
+            ends = copy.copy(peft_config)
+            ends.target_modules = {name.rpartition(".")[2] for name in self._current.modules}
+            chosen = {name for name in self._current.modules if check_target_module_exists(ends, name)}
+            object.__setattr__(self, "_exact", frozenset(chosen))
+            peft_config.target_modules = chosen
         return peft_config
+
+    def _check_target_module_exists(self, peft_config: EigenLoraConfig, key: str) -> Any:
+        found = check_target_module_exists(peft_config, key)
+        excluded = isinstance(found, _ExcludedModule)
+        return found if excluded or self._exact is None else bool(found) and key in self._exact
 
     def _create_and_replace(
         self,
@@ -130,7 +178,13 @@ class EigenLoraModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Nothing to do: coefficients are made in float32, whatever the base model is in."""
+        """Weights are made in float32, whatever the base model is in; without autocast they take its type."""
+        for layer in self.model.modules():
+            if not autocast_adapter_dtype and isinstance(layer, EigenLoraLayer) and adapter_name in layer.r:
+                dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())[1]
+                for name, weight in layer.weights(adapter_name).items():
+                    if weight.is_floating_point() and dtype is not None and dtype.is_floating_point:
+                        layer.set_weight(name, adapter_name, weight.detach().to(dtype))
 
     # --- mixed batches ------------------------------------------------------------------------------------------------
 
@@ -183,15 +237,15 @@ class EigenLoraModel(BaseTuner):
         """Coefficients, and of the bases only this adapter's own, if it asks for it."""
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         mine = {
-            f".{container}.{layer.basis_of[adapter_name].id}"
-            for layer in model.modules()
+            f"{name}.{container}.{layer.basis_of[adapter_name].id}".removeprefix(".")
+            for name, layer in model.named_modules()
             if isinstance(layer, EigenLoraLayer) and adapter_name in layer.basis_of and config.save_basis
             for container in ("shared_V", "shared_U")
         }
         return {
             key: value.contiguous()
             for key, value in found.items()
-            if not (".shared_V." in key or ".shared_U." in key) or any(key.endswith(end) for end in mine)
+            if key in mine or not (".shared_V." in key or ".shared_U." in key)
         }
 
     @property

@@ -21,11 +21,11 @@ def train_components(model: nn.Module, adapter_name: str = "default") -> list[nn
         The new parameters, for the optimiser.
 
     Raises:
-        AdapterBankError: If the adapter has directions of a gradient beside the basis.
+        AdapterBankError: If the adapter trains something else than coefficients on the basis.
     """
     config = adapter_config(model, adapter_name)
-    if config.gradient_directions:
-        raise AdapterBankError("an adapter with gradient directions can't train its components; augment instead")
+    if config.gradient_directions or config.train not in ("coefficients", "components"):
+        raise AdapterBankError("components are trained beside coefficients on the basis alone: train='coefficients'")
     found = []
     for layer in adapter_layers(model, adapter_name).values():
         layer.own_components(adapter_name)
@@ -53,6 +53,18 @@ class StagedComponents(TrainerCallback):
         self.share, self.lr, self.adapter_name = share, lr, adapter_name
         self.begun = False
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse what would go wrong at the end.
+
+        Raises:
+            AdapterBankError: With ``load_best_model_at_end``.
+        """
+        if args.load_best_model_at_end:
+            raise AdapterBankError(
+                "StagedComponents and load_best_model_at_end don't go together: a best model from before the switch "
+                "has no components, and those trained since would stay beside its coefficients"
+            )
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Switch when the last share of the steps begins.
 
@@ -68,6 +80,6 @@ class StagedComponents(TrainerCallback):
         optimizer, scheduler = kwargs["optimizer"], kwargs["lr_scheduler"]
         optimizer.add_param_group(group)
         inner = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
-        inner.base_lrs.append(self.lr)
-        if hasattr(inner, "lr_lambdas"):
-            inner.lr_lambdas.append(lambda step: 1.0)
+        for name, value in (("base_lrs", self.lr), ("min_lrs", 0.0), ("lr_lambdas", lambda step: 1.0)):
+            if hasattr(inner, name):  # one list per group, by the kind of schedule
+                getattr(inner, name).append(value)

@@ -11,9 +11,8 @@ from adapterbank.adapters import LoraFactors
 from adapterbank.bank import Bank
 from adapterbank.bank.shared_basis import SharedBasis
 from adapterbank.errors import BankError
-from adapterbank.tuner.basis import LayerBasis, ModelBasis
 from adapterbank.tuner.layer import EigenLoraLayer
-from adapterbank.tuner.live import adapter_layers, base_of, module_names
+from adapterbank.tuner.live import base_of, module_names
 
 Parts = list[tuple[float, LoraFactors]]
 """Updates of one module and their weights in a sum."""
@@ -31,9 +30,7 @@ def start_at(model: nn.Module, bank: Bank, weights: Mapping[str, float], *, adap
     Raises:
         UnknownNameError: If the model has no such adapter, or the bank no such member.
     """
-    layers = {name: layer.basis_of[adapter_name] for name, layer in adapter_layers(model, adapter_name).items()}
-    modules = module_names(model, adapter_name, bank)
-    start_from(base_of(model), ModelBasis(bank=bank, layers=layers, modules=modules), adapter_name, weights)
+    start_from(base_of(model), bank, module_names(model, adapter_name, bank), adapter_name, weights)
 
 
 def start_weights(bank: Bank, start: str) -> dict[str, float]:
@@ -52,7 +49,9 @@ def start_weights(bank: Bank, start: str) -> dict[str, float]:
     return {name: 1.0}
 
 
-def start_from(model: nn.Module, basis: ModelBasis, adapter_name: str, weights: Mapping[str, float]) -> None:
+def start_from(
+    model: nn.Module, bank: Bank, modules: Mapping[str, str], adapter_name: str, weights: Mapping[str, float]
+) -> None:
     """Set an adapter's coefficients to the projection of a weighted sum of members' updates.
 
     The sum is projected on the shared subspace and cut to the adapter's rank, which is the nearest such update
@@ -60,19 +59,18 @@ def start_from(model: nn.Module, basis: ModelBasis, adapter_name: str, weights: 
 
     Args:
         model: The base model with the adapter's layers in it.
-        basis: Of the adapter.
+        bank: The adapter's bank.
+        modules: The bank's module of each layer.
         adapter_name: Which adapter.
         weights: By member.
 
     Raises:
-        BankError: If the adapter has brought its own basis, so that there is no bank.
+        UnknownNameError: If the bank has no such member.
     """
-    if basis.bank is None:
-        raise BankError("this adapter brought its own basis and has no bank; load it with bank=")
-    parts = _parts(basis.bank, weights)
+    parts = _parts(bank, weights)
     for name, layer in model.named_modules():
         if isinstance(layer, EigenLoraLayer) and adapter_name in layer.r:
-            _start_layer(layer, adapter_name, parts.get(basis.modules[name], []))
+            _start_layer(layer, adapter_name, parts.get(modules[name], []))
 
 
 def core_of_members(
@@ -110,39 +108,43 @@ def _parts(bank: Bank, weights: Mapping[str, float]) -> dict[str, Parts]:
 
 @torch.no_grad()
 def _start_layer(layer: EigenLoraLayer, adapter_name: str, parts: Parts) -> None:
-    basis, scale, weights = layer.basis_of[adapter_name], layer.scaling[adapter_name], layer.weights(adapter_name)
+    scale, weights = layer.scaling[adapter_name], layer.weights(adapter_name)
+    V, U = layer.basis(adapter_name)
     if not parts:
         return
-    if basis.fold > 1 or len(basis.V) > basis.k[0]:
-        coef_A, coef_B = _of_rows(basis, layer.r[adapter_name], parts)
-        _put(weights["eig_coef_A"], coef_A)
-        _put(weights["eig_coef_B"], coef_B / scale)
-        return
-    core = core_of(basis.V, basis.U, parts)
     if "eig_core" in weights:
-        _put(weights["eig_core"], core / scale)
+        weights["eig_core"].copy_(core_of(V, U, parts) / scale)
         return
-    coef_A, coef_B = best_pair(core, layer.r[adapter_name])
-    # pairs that the sum leaves free keep their random start: two zeros would never learn
+    if layer.basis_of[adapter_name].fold > 1 or len(layer.shared_V[layer.basis_of[adapter_name].id]) > len(V):
+        coef_A, coef_B = _of_rows(layer, adapter_name, parts)
+    else:
+        coef_A, coef_B = best_pair(core_of(V, U, parts), layer.r[adapter_name])
+        coef_B = coef_B / scale
+    # pairs that the sum leaves free keep their random rows: two zeros would never learn
+    weights["eig_coef_B"].zero_()
     _put(weights["eig_coef_A"], coef_A)
-    _put(weights["eig_coef_B"], coef_B / scale)
+    _put(weights["eig_coef_B"], coef_B)
 
 
-def _of_rows(basis: LayerBasis, r: int, parts: Parts) -> tuple[Float[Tensor, "m k_in"], Float[Tensor, "k_out m"]]:
+def _of_rows(
+    layer: EigenLoraLayer, adapter_name: str, parts: Parts
+) -> tuple[Float[Tensor, "m k_in"], Float[Tensor, "k_out m"]]:
     """Least-squares coefficients of the factors themselves, for flat and centred bases, which have no core."""
-    k_in, k_out = basis.k
-    coef_A, coef_B = torch.zeros(r // basis.fold, k_in), torch.zeros(k_out, r // basis.fold)
+    basis, r, scale = layer.basis_of[adapter_name], layer.r[adapter_name], layer.scaling[adapter_name]
+    (V, U), rows = layer.basis(adapter_name), r // basis.fold
+    mean_in = layer.shared_V[basis.id][len(V) :].float().cpu()  # one row or none
+    mean_out = layer.shared_U[basis.id][:, U.shape[1] :].T.float().cpu()
+    coef_A, coef_B = torch.zeros(rows, len(V)), torch.zeros(U.shape[1], rows)
     for weight, factors in parts:
         if factors.rank != r:
             raise BankError(f"a member has rank {factors.rank}; start from it with r={factors.rank}")
         # half of the scale in each factor, as the bank fitted them
         root = abs(factors.scale) ** 0.5
-        A = (root * factors.A).reshape(r // basis.fold, -1)
-        B_T = (math.copysign(root, factors.scale) * factors.B.T).reshape(r // basis.fold, -1)
-        if len(basis.V) > k_in:
-            A, B_T = A - basis.V[k_in], B_T - basis.U[:, k_out]
-        coef_A += weight * A @ basis.V[:k_in].T
-        coef_B += weight * basis.U[:, :k_out].T @ B_T.T
+        A = (root * factors.A).reshape(rows, -1)
+        # the adapter's own scale multiplies the mean too
+        B_T = (math.copysign(root, factors.scale) / scale * factors.B.T).reshape(rows, -1)
+        coef_A += weight * (A - mean_in.sum(0)) @ V.T
+        coef_B += weight * U.T @ (B_T - mean_out.sum(0)).T
     return coef_A, coef_B
 
 
