@@ -80,7 +80,7 @@ def test_members_that_came_later_change_nothing(bank, later):
 
 def test_members_that_are_gone_are_missed(bank):
     bank.remove(bank.names[-1])
-    with pytest.raises(BankError, match="10 members, the bank has 9: some were removed"):
+    with pytest.raises(BankError, match="10 members, this bank has 9: it is another bank, or members were removed"):
         bank.basis(8, members=10)
 
 

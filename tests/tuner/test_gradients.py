@@ -133,17 +133,19 @@ def test_a_config_may_make_room_for_directions(bank_dir, batches):
 def test_what_cannot_be_augmented_is_refused(fresh, batches, bank_dir, inputs):
     with pytest.raises(AdapterBankError, match="no batches"):
         augment(fresh, [])
+    with pytest.raises(AdapterBankError, match=r"count=25: .* has room for 1 to 24 directions"):
+        augment(fresh, batches, 25)
     with pytest.raises(AdapterBankError, match="the model gave no loss"):
         augment(fresh, [inputs], 2)
     augment(fresh, batches, 2)
     with pytest.raises(AdapterBankError, match="has gradient directions already"):
         augment(fresh, batches, 2)
     with pytest.raises(AdapterBankError, match="train='coefficients'"):
-        augment(get_peft_model(llama(), eigen(bank_dir, train="core")), batches)
+        augment(get_peft_model(llama(), eigen(bank_dir, train="core")), batches, 2)
     frozen = get_peft_model(llama(), eigen(bank_dir))
     frozen.set_adapter("default", inference_mode=True)
     with pytest.raises(AdapterBankError, match="nothing to train"):
-        augment(frozen, batches)
+        augment(frozen, batches, 2)
     with pytest.raises(AdapterBankError, match="no batches"):
         nearest(get_peft_model(llama(), eigen(bank_dir)), [], Bank.load(bank_dir))
 

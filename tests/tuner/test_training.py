@@ -118,7 +118,7 @@ def test_nothing_in_the_adapter_names_a_folder_on_this_disk(bert, tmp_path):
     train(bert, tmp_path / "out")
     config = (tmp_path / "out" / "adapter_config.json").read_text()
     assert str(bert) not in config and str(tmp_path) not in config
-    assert json.loads(config)["base_model_name_or_path"] == "tiny-bert" and json.loads(config)["bank"] == "colours"
+    assert json.loads(config)["base_model_name_or_path"] == "tiny/base" and json.loads(config)["bank"] == "colours"
 
 
 def test_equal_settings_give_equal_files_and_another_seed_does_not(bert, tmp_path):

@@ -167,11 +167,16 @@ class TrainedTask:
         stored = self._source.read(self.layers[layer][weight])
         return stored if weight in PACKED else stored.to(torch.float32)
 
-    def as_lora(self, factors: Mapping[str, LoraFactors]) -> LoraAdapter:
-        """An ordinary adapter with these factors, and with the head, the name and the file of the task."""
+    def as_lora(self, factors: Mapping[str, LoraFactors], base: str | None = None) -> LoraAdapter:
+        """An ordinary adapter with these factors, and with the head, the name and the file of the task.
+
+        Args:
+            factors: By module.
+            base: Id of the base model instead of the one that the task names.
+        """
         extras = {extra: self._source.read(key) for extra, key in self._extra_keys.items()}
         return LoraAdapter.from_factors(
-            self.name, factors, base=self.base, config=self._kept, extras=extras, origin=self._source
+            self.name, factors, base=base or self.base, config=self._kept, extras=extras, origin=self._source
         )
 
 

@@ -72,7 +72,8 @@ def multiply_out(task: TrainedTask, bank: "Bank") -> tuple[LoraAdapter, TaskCoef
         )  # fmt: skip
         factors[module.name] = LoraFactors(A=A.contiguous(), B=B.contiguous(), scale=1.0)
         exact = exact and part.is_shared
-    adapter = task.as_lora(factors)
+    # a task on this very basis was trained on the bank's base model, by whatever name or from whatever folder
+    adapter = task.as_lora(factors, base=None if basis is None else bank.index.base)
     if not exact or basis is None:
         return adapter, None
     probe = basis.probe if task.config.basis_probe is None else task.config.basis_probe

@@ -127,7 +127,10 @@ def shared_basis(bank: "Bank", k: int | None = None, *, members: int | None = No
     derived = any(any(pair) for pair in lacking)
     names = basis_members(bank)[:members]
     if derived and members is not None and len(names) < members:
-        raise BankError(f"the basis was derived from {members} members, the bank has {len(names)}: some were removed")
+        raise BankError(
+            f"the basis was derived from {members} members, this bank has {len(names)}: it is another bank, or members "
+            "were removed; give the bank as it was when the adapter was trained"
+        )
     rows = _MemberRows(bank, names, wanted) if derived else None
     ranks = sum(bank[name].r for name in names)
     modules = {}

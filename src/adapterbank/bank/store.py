@@ -87,7 +87,10 @@ def read_bytes(directory: Path, name: str, sha256: str) -> bytes:
 
 def gone(path: Path) -> MissingFileError:
     """The error about a file that the index names and that isn't there."""
-    return MissingFileError(f"{path} is gone: another process has changed the bank since it was opened, load it again")
+    return MissingFileError(
+        f"{path} is gone: another process has changed the bank since it was opened, or the copy is incomplete; load it "
+        "again, or copy it again"
+    )
 
 
 def write_file(directory: Path, name: str, data: bytes, sha256: str, *, durable: bool = True) -> None:

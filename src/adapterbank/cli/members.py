@@ -49,7 +49,8 @@ def print_members(bank: "Bank", title: str, names: Sequence[str] | None = None) 
     ]
     summary = bank.summary()
     bound = "≤ " if any(entry.bound for entry in entries.values()) else ""
-    shared = bank.bytes - sum(bank[name].bytes for name in bank.names)
+    # members of one content share a file
+    shared = bank.bytes - sum({bank[name].sha256: bank[name].bytes for name in bank.names}.values())
     rows += [
         ("basis and index", f"{shared:,}", "", ""),
         ("whole bank", f"{bank.bytes:,}", f"{summary['ratio']:.1f}", f"{bound}{summary['error']:.4f}"),
@@ -64,8 +65,8 @@ def print_members(bank: "Bank", title: str, names: Sequence[str] | None = None) 
 
 
 def error_text(entry: "MemberEntry") -> str:
-    """A member's error, marked where it is a bound."""
-    return f"{'≤ ' * entry.bound}{entry.error:.4f}"
+    """A member's error, marked where it is a bound; a task that is stored as its own coefficients has none."""
+    return "exact" if entry.task else f"{'≤ ' * entry.bound}{entry.error:.4f}"
 
 
 def _ratio(values: int, size: int) -> float:

@@ -87,7 +87,9 @@ class EigenLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = EIGENLORAX
+        self.is_given = False
         self.use_bank(self.bank)
+        self.is_given = self.is_given and not self.is_saved  # a file's name of a bank is where to begin to look
         self.origin: str | None = None
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -125,9 +127,10 @@ class EigenLoraConfig(PeftConfig):
         return 1.0 if self.lora_alpha is None else float(self.lora_alpha) / self.r
 
     def use_bank(self, bank: Bank | str | os.PathLike[str] | None) -> None:
-        """Take this bank, open or as a path, instead of looking for one; none: nothing changes."""
+        """Take this bank and no other, open or as a path; none: nothing changes."""
         if bank is not None:
             self.bank = bank if isinstance(bank, Bank) else os.fspath(bank)
+            self.is_given = True
 
     def to_dict(self) -> dict[str, Any]:
         """Fields for ``adapter_config.json``: the bank by its name, never by a path, and no start, which is over."""

@@ -62,8 +62,8 @@ def _banks(config: EigenLoraConfig, looked: list[str]) -> Iterator[tuple[str, Ba
 def _places(config: EigenLoraConfig) -> Iterator[Path]:
     if config.bank:
         yield Path(config.bank).expanduser()
-        if not config.is_saved:
-            return  # a mistyped path must not lead to training in another bank
+        if config.is_given:
+            return  # a mistyped path must not lead to another bank
     name = Path(config.bank).name if config.bank else "bank"
     for entry in os.environ.get(VARIABLE, "").split(os.pathsep):
         if entry:
@@ -94,6 +94,14 @@ def open_bank(path: Path) -> Bank:
     return _opened(found.parent, state.st_mtime_ns, state.st_size)
 
 
+def as_bank(bank: Bank | str | os.PathLike[str]) -> Bank:
+    """An open bank, or the one in a directory."""
+    if isinstance(bank, Bank):
+        return bank
+    path = Path(bank).expanduser()
+    return open_bank(path) if (path / "bank.json").is_file() else Bank.load(path)  # which says what is missing
+
+
 @lru_cache(maxsize=4)
 def _opened(directory: Path, changed: int, size: int) -> Bank:
     return Bank.load(directory)
@@ -101,7 +109,7 @@ def _opened(directory: Path, changed: int, size: int) -> Bank:
 
 def _missing(config: EigenLoraConfig, looked: list[str]) -> str:
     places = ", ".join(dict.fromkeys(looked)) or "nowhere to look"
-    if not config.is_saved:
+    if config.is_given or not config.is_saved:
         given = f"there is no bank at {places}" if config.bank else f"EigenLoraConfig needs a bank ({places})"
         return f"{given}; give bank=DIRECTORY, a Bank or a hub id, or set {VARIABLE}"
     return (

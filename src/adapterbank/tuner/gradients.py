@@ -6,6 +6,7 @@ Only products of gradients with a few vectors are kept, never a dense gradient o
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
+from os import PathLike
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from adapterbank.bank import Bank
 from adapterbank.codec.rows import pack_rows
 from adapterbank.errors import AdapterBankError
 from adapterbank.subspace.completion import leading_directions
+from adapterbank.tuner.finding import as_bank
 from adapterbank.tuner.layer import EigenLoraLayer
 from adapterbank.tuner.live import adapter_config, adapter_layers, module_names
 from adapterbank.tuner.starts import core_of
@@ -77,6 +79,7 @@ def augment(
     if config.train != "coefficients" or own or config.use_mean:
         raise AdapterBankError("gradient directions go with train='coefficients', no means and no own components")
     held = _held(batches, most_batches)
+    _check_room(layers, adapter_name, count)
     _fit_head(model, adapter_name, held, loss, head_steps, head_lr)
     width = count + OVERSAMPLING
     seeded = torch.Generator().manual_seed(config.seed)
@@ -98,7 +101,7 @@ def augment(
 def nearest(
     model: nn.Module,
     batches: Iterable[Any],
-    bank: Bank,
+    bank: Bank | str | PathLike[str],
     *,
     adapter_name: str = "default",
     loss: Loss = default_loss,
@@ -123,7 +126,7 @@ def nearest(
     Raises:
         AdapterBankError: If the adapter is not the active one, or there are no batches.
     """
-    layers, held = _ready(model, adapter_name), _held(batches, most_batches)
+    layers, held, bank = _ready(model, adapter_name), _held(batches, most_batches), as_bank(bank)
     names = module_names(model, adapter_name, bank)
     _fit_head(model, adapter_name, held, loss, head_steps, head_lr)
     bases = {name: layer.basis(adapter_name) for name, layer in layers.items()}
@@ -158,6 +161,14 @@ def _ready(model: nn.Module, adapter_name: str) -> dict[str, EigenLoraLayer]:
         if layer.basis_of[adapter_name].fold > 1:
             raise AdapterBankError("a flat basis has no directions of rows; fit the bank by product")
     return layers
+
+
+def _check_room(layers: Mapping[str, EigenLoraLayer], adapter_name: str, count: int) -> None:
+    for name, layer in layers.items():
+        k_in, k_out = layer.basis_of[adapter_name].k
+        room = min(layer.in_features - k_in, layer.out_features - k_out)
+        if not 1 <= count <= room:
+            raise AdapterBankError(f"count={count}: {name} has room for 1 to {room} directions beside its basis")
 
 
 def _held(batches: Iterable[Any], most: int) -> list[Any]:

@@ -68,7 +68,8 @@ def _compare(model: PeftModel, adapter_name: str, weights: dict[str, Any], path:
             raise AdapterError(f"{path} lacks {key}; was it saved from another model or by another version?")
         if weights[key].shape != value.shape:
             raise AdapterError(
-                f"{path}: {key} is {tuple(weights[key].shape)}, its config says {tuple(value.shape)}; copy it again"
+                f"{path}: {key} is {tuple(weights[key].shape)}, model and config expect {tuple(value.shape)}; load the "
+                "base that it was trained on, with as many labels"
             )
     strangers = sorted(key for key in weights.keys() - expected.keys() if ".eig_" in key)
     if strangers:

@@ -1,5 +1,6 @@
 """An ordinary LoRA whose factors start inside the bank's subspace (the paper's LoRA-init, table 11)."""
 
+from os import PathLike
 from typing import Any
 
 import torch
@@ -9,13 +10,19 @@ from torch import nn
 from adapterbank.adapters.names import match_layers
 from adapterbank.bank import Bank
 from adapterbank.errors import AdapterBankError, UnknownNameError
+from adapterbank.tuner.finding import as_bank
 from adapterbank.tuner.live import base_of
 from adapterbank.tuner.starts import best_pair, core_of_members, start_weights
 
 
 @torch.no_grad()
 def init_lora(
-    model: nn.Module, bank: Bank, *, start: str = "base", k: int | None = None, adapter_name: str = "default"
+    model: nn.Module,
+    bank: Bank | str | PathLike[str],
+    *,
+    start: str = "base",
+    k: int | None = None,
+    adapter_name: str = "default",
 ) -> None:
     """Set the factors of a plain PEFT LoRA to ones inside the bank's subspace; it is then trained as any LoRA.
 
@@ -38,6 +45,7 @@ def init_lora(
     }
     if not layers:
         raise UnknownNameError(f"the model has no LoRA {adapter_name!r}")
+    bank = as_bank(bank)
     basis = bank.basis(k)
     modules = match_layers(basis.modules, layers)
     if lacking := sorted(layers.keys() - modules.keys()):

@@ -47,7 +47,9 @@ def optimizer_groups(
             groups[_group(name, parameter.ndim)].setdefault("params", []).append(parameter)
     found = [{"name": name, **group} for name, group in groups.items() if "params" in group]
     if not found:
-        raise AdapterBankError("no parameter asks for gradients; activate an adapter with set_adapter first")
+        raise AdapterBankError(
+            "no parameter asks for gradients; activate an adapter with set_adapter, or load it with is_trainable=True"
+        )
     return found
 
 

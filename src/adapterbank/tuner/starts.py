@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from os import PathLike
 
 import torch
 from jaxtyping import Float
@@ -11,6 +12,7 @@ from adapterbank.adapters import LoraFactors
 from adapterbank.bank import Bank
 from adapterbank.bank.shared_basis import SharedBasis
 from adapterbank.errors import BankError
+from adapterbank.tuner.finding import as_bank
 from adapterbank.tuner.layer import EigenLoraLayer
 from adapterbank.tuner.live import base_of, module_names
 
@@ -18,7 +20,9 @@ Parts = list[tuple[float, LoraFactors]]
 """Updates of one module and their weights in a sum."""
 
 
-def start_at(model: nn.Module, bank: Bank, weights: Mapping[str, float], *, adapter_name: str = "default") -> None:
+def start_at(
+    model: nn.Module, bank: Bank | str | PathLike[str], weights: Mapping[str, float], *, adapter_name: str = "default"
+) -> None:
     """Let an untrained adapter start from a weighted sum of members, e.g. the best of :func:`nearest`.
 
     Args:
@@ -30,6 +34,7 @@ def start_at(model: nn.Module, bank: Bank, weights: Mapping[str, float], *, adap
     Raises:
         UnknownNameError: If the model has no such adapter, or the bank no such member.
     """
+    bank = as_bank(bank)
     start_from(base_of(model), bank, module_names(model, adapter_name, bank), adapter_name, weights)
 
 

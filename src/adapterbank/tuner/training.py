@@ -199,7 +199,7 @@ def train_task(
                 (place / "run.json").write_text(json.dumps({"made_of": made_of, "before": asdict(before)}))
             epochs = run.trained(place, checkpoint)
             _check_losses(epochs, place)
-            _finish(run.model, out, labels, str(model))
+            _finish(run.model, out, labels, bank.index.base or base_model_id(str(model)))
     trained = {name: p.numel() for name, p in run.model.named_parameters() if p.requires_grad}
     return TaskResult(
         out=out,
@@ -487,8 +487,8 @@ def _check_losses(epochs: list[Scores], place: Path) -> None:
             raise AdapterBankError(f"the loss is no number any more after epoch {number}; use a lower lr or head_lr")
 
 
-def _finish(model: Any, out: Path, labels: list[str], base: str) -> None:
-    adapter_config(model).base_model_name_or_path = base_model_id(base)
+def _finish(model: Any, out: Path, labels: list[str], base: str | None) -> None:
+    adapter_config(model).base_model_name_or_path = base  # the folder that it was loaded from is nobody's else
     with tempfile.TemporaryDirectory(dir=out, prefix=".") as scratch:
         model.save_pretrained(scratch, save_embedding_layers=False)
         Path(scratch, "README.md").unlink(missing_ok=True)  # PEFT's empty model card, which names a folder on our disk
