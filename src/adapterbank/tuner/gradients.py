@@ -164,11 +164,13 @@ def _ready(model: nn.Module, adapter_name: str) -> dict[str, EigenLoraLayer]:
 
 
 def _check_room(layers: Mapping[str, EigenLoraLayer], adapter_name: str, count: int) -> None:
-    for name, layer in layers.items():
+    room = 0
+    for layer in layers.values():
         k_in, k_out = layer.basis_of[adapter_name].k
-        room = min(layer.in_features - k_in, layer.out_features - k_out)
-        if not 1 <= count <= room:
-            raise AdapterBankError(f"count={count}: {name} has room for 1 to {room} directions beside its basis")
+        room = max(room, layer.in_features - k_in, layer.out_features - k_out)
+    # narrower layers take what they have room for, and zeros beyond
+    if not 1 <= count <= room:
+        raise AdapterBankError(f"count={count}: no layer has room for more than {room} directions beside its basis")
 
 
 def _held(batches: Iterable[Any], most: int) -> list[Any]:
