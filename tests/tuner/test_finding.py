@@ -198,5 +198,5 @@ def test_contradictions_are_found_before_a_model_is_touched(bank_dir, fields, me
 
 
 def test_a_rank_above_the_basis_is_refused(bank_dir):
-    with pytest.raises(AdapterBankError, match="r=9 is more than a layer's basis has directions, 8"):
+    with pytest.raises(AdapterBankError, match="r=9 is more than any layer's basis has directions, 8"):
         get_peft_model(llama(), eigen(bank_dir, r=9, k=8))

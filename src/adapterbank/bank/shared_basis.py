@@ -146,6 +146,8 @@ def shared_basis(bank: "Bank", k: int | None = None, *, members: int | None = No
             V=full[0], U=full[1].T.contiguous(), fold=fold, mean_in=mean_in, mean_out=mean_out,
             stored=(min(len(pair[0]), wanted), min(len(pair[1]), wanted)),
         )  # fmt: skip
+    if not any(min(basis.k) for basis in modules.values()):
+        raise BankError("the bank has no directions: it has no members that change the base model; add adapters")
     used = names if derived else []
     recipe = [bank.index.basis, wanted, [bank[name].sha256 for name in used]]
     fingerprint = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
@@ -198,8 +200,6 @@ def _derivable(side: SideBasis | PlainSide) -> bool:
 
 def _check_k(k: int | None, found: Tensor, side: SideBasis | PlainSide, where: str, ranks: int) -> None:
     count, d = found.shape
-    if count == 0:
-        raise BankError(f"{where} has no directions: no member of the bank changes it; add adapters")
     if k is None or count >= min(k, d):
         return
     if not _derivable(side):

@@ -76,11 +76,6 @@ class EigenLoraLayer(BaseTunerLayer):
             config: Of the adapter.
             activate: Whether flags of the active adapters are set again, as PEFT does for a new layer.
         """
-        if config.r > min(basis.k) * basis.fold and config.train != "core":
-            raise AdapterBankError(
-                f"r={config.r} is more than a layer's basis has directions, {min(basis.k)}: use a smaller r, add "
-                "adapters to the bank, or set random_directions"
-            )
         if basis.fold > 1 and (config.r != basis.fold or config.train == "core"):
             raise AdapterBankError(f"this flat bank has factors of rank {basis.fold}: give r={basis.fold} and no core")
         self._share(basis, persistent=config.save_basis)

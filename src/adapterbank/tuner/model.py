@@ -3,7 +3,7 @@
 import copy
 import operator
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from peft.utils.integrations import init_empty_weights
 from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_modules
 from torch import Tensor, nn
 
-from adapterbank.errors import BankError, MissingFileError
+from adapterbank.errors import AdapterBankError, BankError, MissingFileError
 from adapterbank.tuner.base_directions import check_base_directions
 from adapterbank.tuner.basis import ModelBasis, model_basis
 from adapterbank.tuner.config import PREFIX, EigenLoraConfig
@@ -67,6 +67,7 @@ class EigenLoraModel(BaseTuner):
             else:
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             mine = {n: m for n, m in model.named_modules() if isinstance(m, EigenLoraLayer) and adapter_name in m.r}
+            _check_rank(config, mine, adapter_name)
             if starts is not None and basis.bank is not None:
                 start_from(model, basis.bank, basis.modules, adapter_name, starts)
             check_base_directions(config, mine, adapter_name)
@@ -257,6 +258,17 @@ class EigenLoraModel(BaseTuner):
         return [
             f"base_model.{name}" for name, _ in self.named_buffers() if ".shared_V." in name or ".shared_U." in name
         ]
+
+
+def _check_rank(config: EigenLoraConfig, layers: Mapping[str, EigenLoraLayer], adapter_name: str) -> None:
+    """Refuse a rank that no layer can have; where a few have less, their coefficients are merely too many."""
+    bases = [layer.basis_of[adapter_name] for layer in layers.values()]
+    most = max((min(basis.k) * basis.fold for basis in bases), default=config.r)
+    if config.r > most + config.gradient_directions and config.train != "core":
+        raise AdapterBankError(
+            f"r={config.r} is more than any layer's basis has directions, {most}: use a smaller r, add adapters to the "
+            "bank, or set random_directions"
+        )
 
 
 def _wish(config: EigenLoraConfig) -> tuple[str | None, ...]:
