@@ -104,7 +104,7 @@ def stepper(model: nn.Module, subject: Subject) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(trained_parameters(model), lr=1e-4)
 
     def step() -> None:
-        subject.loss(model).backward()  # type: ignore[no-untyped-call]
+        subject.loss(model).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -97,7 +97,7 @@ def counted_bytes(model: nn.Module, subject: Subject) -> dict[str, int]:
         loss = subject.loss(model)
     trained = trained_parameters(model)
     optimizer = torch.optim.AdamW(trained, lr=0.0)  # a rate of nothing: whoever counts does not train
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]

@@ -53,3 +53,12 @@ def test_gradient_directions_give_such_layers_something_to_learn(inputs):
     coefficients = adapter_layers(model)[second].eig_coef_B["default"]
     assert coefficients.shape == (3, 4)
     assert coefficients.grad.abs().sum() > 0
+
+
+def test_a_task_that_brings_its_basis_joins_with_such_layers_too(tmp_path):
+    bank, _, second = thin_bank()
+    bank.save(tmp_path / "bank")
+    model = perturb(get_peft_model(llama(), eigen(bank, k=None, task_type="CAUSAL_LM", save_basis=True)))
+    model.save_pretrained(tmp_path / "task")
+    bank.add(tmp_path / "task")
+    assert not bank.reconstruct("task").factors(second).update().any()

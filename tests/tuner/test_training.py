@@ -27,7 +27,8 @@ from adapterbank.bank import Bank
 from adapterbank.errors import AdapterBankError, MissingFileError
 from adapterbank.tuner import load
 from adapterbank.tuner.examples import read_examples
-from adapterbank.tuner.training import TaskSettings, last_checkpoint, train_task
+from adapterbank.tuner.run_directory import last_checkpoint
+from adapterbank.tuner.training import TaskSettings, train_task
 from tiny_models import TARGETS, adapters_for
 
 # PEFT 0.21 still asks transformers 5 for a name that it renamed

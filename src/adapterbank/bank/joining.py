@@ -174,7 +174,7 @@ class _Layer:
     def _saved(self, name_V: str, name_U: str) -> tuple[Tensor, Tensor]:
         V, U = self.task.shape(self.layer, name_V), self.task.shape(self.layer, name_U)
         mean, (d_in, d_out) = int(self.task.config.use_mean), (self.module.d_in, self.module.d_out)
-        fits = len(V) == len(U) == 2 and V[0] > mean and U[1] > mean and V[1] >= d_in
+        fits = len(V) == len(U) == 2 and V[0] >= mean and U[1] >= mean and V[1] >= d_in
         if not fits or V[1] % d_in or U[0] != V[1] // d_in * d_out:
             raise AdapterError(
                 f"{self.where}: its own basis is {V} and {U}, the bank's layer maps {d_in} to {d_out} features; was it "

@@ -21,7 +21,7 @@ from adapterbank.bank.coding import PlainBasis, PlainSide
 from adapterbank.bank.statistics import even_sample
 from adapterbank.codec.predictive import SideBasis
 from adapterbank.errors import BankError
-from adapterbank.subspace.completion import complete, orthonormal
+from adapterbank.subspace.completion import complete, orthonormal, probe
 from adapterbank.subspace.updates import thin_svd
 
 if TYPE_CHECKING:
@@ -78,14 +78,8 @@ class BankBasis:
     @cached_property
     def probe(self) -> float:
         """One number that changes when any direction does, up to rounding."""
-        total = 0.0
-        for i, basis in enumerate(self.modules.values()):
-            for j, rows in enumerate((basis.V, basis.U.T)):
-                k, d = rows.shape
-                left = torch.cos(torch.arange(k, dtype=torch.float64) * 2.399963 + i)
-                right = torch.cos(torch.arange(d, dtype=torch.float64) * 1.7320508 + 2 * i + j)
-                total += float(left @ rows.double() @ right)
-        return total
+        places = [(i, j, rows) for i, b in enumerate(self.modules.values()) for j, rows in enumerate((b.V, b.U.T))]
+        return sum((probe(rows, float(i), float(2 * i + j)) for i, j, rows in places), 0.0)
 
     def check(self, fingerprint: str | None, probe: float | None, where: str) -> None:
         """Compare with what a trained adapter was told.

@@ -83,16 +83,28 @@ def leading_directions(matrix: Float[Tensor, "m d"], count: int, against: Float[
     return orthonormal(found * leading_sign(found)[:, None], against)
 
 
-def complete(
-    stored: Float[Tensor, "s d"], blocks: Iterable[Float[Tensor, "_ d"]], k: int, *, seed: int = 0
-) -> Float[Tensor, "p d"]:
+def probe(rows: Float[Tensor, "k d"], row_phase: float, column_phase: float) -> float:
+    """One number that changes when any of the rows turns: ``a^T rows b`` with fixed cosines for ``a`` and ``b``.
+
+    Args:
+        rows: Directions.
+        row_phase: Tells the same rows in one place from those in another.
+        column_phase: The same for columns.
+    """
+    k, d = rows.shape
+    # irrational steps, so that no two entries repeat
+    left = torch.cos(torch.arange(k, dtype=torch.float64) * 2.399963 + row_phase)
+    right = torch.cos(torch.arange(d, dtype=torch.float64) * 1.7320508 + column_phase)
+    return float(left @ rows.double().cpu() @ right)
+
+
+def complete(stored: Float[Tensor, "s d"], blocks: Iterable[Float[Tensor, "_ d"]], k: int) -> Float[Tensor, "p d"]:
     """Orthonormal rows: those of ``stored`` first, then the leading directions of what they leave of ``blocks``.
 
     Args:
         stored: Orthonormal rows.
         blocks: Weighted rows.
         k: How many in all.
-        seed: Of the range finder.
 
     Returns:
         ``k`` rows, or as many as ``stored`` and ``blocks`` have together.
@@ -107,7 +119,7 @@ def complete(
     missing = min(k, moment.rank_bound, stored.shape[1]) - len(stored)
     if missing <= 0:
         return stored
-    found, values = moment.basis(missing, seed=seed)
+    found, values = moment.basis(missing)
     # where the rows have fewer directions left, the rest of the moment's are rounding, another on every machine
     told = values[: len(found)] > NULL * energy
     return torch.cat([stored, orthonormal(found[told], stored)])

@@ -3,9 +3,8 @@
 import math
 from collections.abc import Mapping
 
-import torch
-
 from adapterbank.errors import BankError
+from adapterbank.subspace.completion import probe
 from adapterbank.tuner.config import EigenLoraConfig
 from adapterbank.tuner.layer import EigenLoraLayer
 
@@ -43,10 +42,6 @@ def _probe(config: EigenLoraConfig, layers: Mapping[str, EigenLoraLayer], adapte
         for rows in (basis.V[: basis.k[0]], basis.U[:, : basis.k[1]].T):
             # after the bank's own directions, before the random ones
             end = len(rows) - config.random_directions
-            chosen = rows[end - config.base_directions : end].double()
-            k, d = chosen.shape
-            left = torch.cos(torch.arange(k, dtype=torch.float64) * 2.399963 + i)
-            right = torch.cos(torch.arange(d, dtype=torch.float64) * 1.7320508 + 2 * i)
-            total += float(left @ chosen @ right)
-            count += k
+            total += probe(rows[end - config.base_directions : end], float(i), float(2 * i))
+            count += config.base_directions
     return total / math.sqrt(max(count, 1))

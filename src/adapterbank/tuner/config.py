@@ -87,9 +87,9 @@ class EigenLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = EIGENLORAX
-        self.is_given = False
         self.use_bank(self.bank)
-        self.is_given = self.is_given and not self.is_saved  # a file's name of a bank is where to begin to look
+        # the name in a file is only where to begin to look
+        self.is_given = self.bank is not None and not self.is_saved
         self.origin: str | None = None
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)

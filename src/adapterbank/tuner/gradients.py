@@ -201,7 +201,7 @@ def _accumulate(
                 found = product(name, gradient.detach().flatten(0, -2).float(), x).cpu()
                 sums[name] = sums[name] + found if name in sums else found
 
-            output.register_hook(add)  # type: ignore[no-untyped-call]
+            output.register_hook(add)  # type: ignore[no-untyped-call]  # torch's has no types
 
         return hook
 

@@ -35,9 +35,9 @@ class EigenLoraModel(BaseTuner):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """See ``peft.tuners.tuners_utils.BaseTuner``."""
-        # PEFT's own __init__ injects the first adapter; set as on any object, since this isn't a module yet
-        object.__setattr__(self, "_bases", {})
-        object.__setattr__(self, "_targets", {})
+        # before PEFT's own __init__, which injects the first adapter
+        self._bases: dict[Any, ModelBasis] = {}
+        self._targets: dict[Any, Any] = {}
         super().__init__(*args, **kwargs)
 
     # --- putting adapters in ------------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ class EigenLoraModel(BaseTuner):
         """
         config: EigenLoraConfig = self.peft_config[adapter_name]
         basis = self._basis(config)
-        object.__setattr__(self, "_current", basis)  # for the hooks that PEFT calls, layer by layer
+        self._current = basis  # for the hooks that PEFT calls, layer by layer
         starts = None
         if config.start not in ("base", "random") and not low_cpu_mem_usage and basis.bank is not None:
             starts = start_weights(basis.bank, config.start)
@@ -71,7 +71,7 @@ class EigenLoraModel(BaseTuner):
             if starts is not None and basis.bank is not None:
                 start_from(model, basis.bank, basis.modules, adapter_name, starts)
             check_base_directions(config, mine, adapter_name)
-        except Exception:
+        except Exception:  # of whatever kind: half an adapter would corrupt the next one of its name
             self._take_back(model, adapter_name)
             raise
         if state_dict is None:
@@ -134,17 +134,16 @@ class EigenLoraModel(BaseTuner):
         if recipe not in self._bases:
             # with the bank itself in it, so that its id stays its own
             self._bases[recipe] = model_basis(config, bank, basis, self.model)
-        found: ModelBasis = self._bases[recipe]
-        return found
+        return self._bases[recipe]
 
     def _prepare_adapter_config(self, peft_config: EigenLoraConfig, model_config: Any) -> EigenLoraConfig:
-        object.__setattr__(self, "_exact", None)
+        self._exact: frozenset[str] | None = None
         if peft_config.target_modules is None:
             # PEFT takes a full name as chosen, whatever layers_to_transform says, and as the end of longer names
             ends = copy.copy(peft_config)
             ends.target_modules = {name.rpartition(".")[2] for name in self._current.modules}
             chosen = {name for name in self._current.modules if check_target_module_exists(ends, name)}
-            object.__setattr__(self, "_exact", frozenset(chosen))
+            self._exact = frozenset(chosen)
             peft_config.target_modules = chosen
         return peft_config
 
@@ -243,11 +242,7 @@ class EigenLoraModel(BaseTuner):
             if isinstance(layer, EigenLoraLayer) and adapter_name in layer.basis_of and config.save_basis
             for container in ("shared_V", "shared_U")
         }
-        return {
-            key: value.contiguous()
-            for key, value in found.items()
-            if key in mine or not (".shared_V." in key or ".shared_U." in key)
-        }
+        return {key: value.contiguous() for key, value in found.items() if key in mine or not _is_basis(key)}
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -255,9 +250,11 @@ class EigenLoraModel(BaseTuner):
 
         Each process has read the same bank. A ``PeftModel`` hands out this list as its own, hence the prefix.
         """
-        return [
-            f"base_model.{name}" for name, _ in self.named_buffers() if ".shared_V." in name or ".shared_U." in name
-        ]
+        return [f"base_model.{name}" for name, _ in self.named_buffers() if _is_basis(name)]
+
+
+def _is_basis(key: str) -> bool:
+    return ".shared_V." in key or ".shared_U." in key
 
 
 def _check_rank(config: EigenLoraConfig, layers: Mapping[str, EigenLoraLayer], adapter_name: str) -> None:

@@ -1,15 +1,10 @@
 """Train a task in a bank from a file of examples: transformers' Trainer, our learning rates, one adapter directory."""
 
-import hashlib
 import json
-import math
-import os
-import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -41,7 +36,6 @@ from adapterbank.tuner.config import EigenLoraConfig
 from adapterbank.tuner.examples import (
     IGNORED,
     TASKS,
-    Example,
     encoded,
     labels_of,
     read_examples,
@@ -50,6 +44,16 @@ from adapterbank.tuner.examples import (
 from adapterbank.tuner.gradients import augment
 from adapterbank.tuner.live import adapter_config
 from adapterbank.tuner.optimizer import COEFFICIENT_LR, HEAD_LR, optimizer_groups
+from adapterbank.tuner.run_directory import (
+    Scores,
+    check_losses,
+    check_out,
+    finish,
+    hash_examples,
+    last_checkpoint,
+    same_start,
+    workplace,
+)
 
 Tell = Callable[[str, int, int], None]
 """``tell(stage, done, total)``, as in ``Bank.fit``."""
@@ -97,15 +101,6 @@ class TaskSettings:
         for name in ("lr", "head_lr"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise AdapterBankError(f"{name}={getattr(self, name)} is no learning rate; give a number above 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """What an evaluation found."""
-
-    loss: float
-    accuracy: float
-    """Share of the examples; of the tokens for ``causal-lm``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +158,7 @@ def train_task(
     """
     start, data, out = time.monotonic(), Path(data).expanduser(), Path(out).expanduser()
     tell = progress or (lambda stage, done, total: None)
-    _check_out(out, resume=resume)
+    check_out(out, resume=resume)
     bank = bank if isinstance(bank, Bank) else Bank.load(Path(bank).expanduser())
     examples = read_examples(data, settings.task)
     labels = labels_of(examples, data) if settings.task != "causal-lm" else []
@@ -189,17 +184,17 @@ def train_task(
             **asdict(settings),
             "model": base_model_id(str(model)),
             "bank": adapter_config(run.model).bank_fingerprint,
-            "data": _hash(examples + held_out),
+            "data": hash_examples(examples + held_out),
         }
         if checkpoint is not None:
-            before = _same_start(out, made_of)
-        with _workplace(out) as place:
+            before = same_start(out, made_of)
+        with workplace(out) as place:
             if checkpoint is None:
                 before = run.untrained(place)
                 (place / "run.json").write_text(json.dumps({"made_of": made_of, "before": asdict(before)}))
             epochs = run.trained(place, checkpoint)
-            _check_losses(epochs, place)
-            _finish(run.model, out, labels, bank.index.base or base_model_id(str(model)))
+            check_losses(epochs, place)
+            finish(run.model, out, labels, bank.index.base or base_model_id(str(model)))
     trained = {name: p.numel() for name, p in run.model.named_parameters() if p.requires_grad}
     return TaskResult(
         out=out,
@@ -417,84 +412,3 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-# --- the directory ----------------------------------------------------------------------------------------------------
-
-
-def _check_out(out: Path, *, resume: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise AdapterBankError(f"{out} is a file; give a new or empty directory")
-    if (out / "adapter_config.json").exists():
-        raise AdapterBankError(f"{out} holds an adapter already; give a new or empty directory")
-    if not out.is_dir() or not any(out.iterdir()) or (resume and (out / "checkpoints" / "run.json").is_file()):
-        return
-    if last_checkpoint(out) is not None:
-        raise AdapterBankError(f"{out} holds an unfinished training; resume it, or give a new or empty directory")
-    raise AdapterBankError(f"{out} isn't empty; give a new or empty directory")
-
-
-def last_checkpoint(out: Path) -> Path | None:
-    """The last whole checkpoint of a training, if there is one."""
-    found = {
-        int(path.name.removeprefix("checkpoint-")): path
-        for path in (out / "checkpoints").glob("checkpoint-*")
-        # written last
-        if path.name.removeprefix("checkpoint-").isdecimal() and (path / "trainer_state.json").is_file()
-    }
-    return found[max(found)] if found else None
-
-
-def _same_start(out: Path, made_of: dict[str, Any]) -> Scores:
-    """Scores that the unfinished training began with.
-
-    Raises:
-        AdapterBankError: If it was another training.
-    """
-    run = json.loads((out / "checkpoints" / "run.json").read_text())
-    for name, value in made_of.items():
-        if run["made_of"].get(name) != value:
-            was = f"{name}={run['made_of'].get(name)}, now it is {value}"
-            raise AdapterBankError(f"{out} holds a training with {was}; resume with the same, or begin elsewhere")
-    return Scores(**run["before"])
-
-
-def _hash(examples: list[Example]) -> str:
-    return hashlib.sha256(json.dumps(examples, default=lambda path: path.name).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def _workplace(out: Path) -> Iterator[Path]:
-    """Where checkpoints go; a failure before the first one leaves nothing."""
-    place = out / "checkpoints"
-    fresh = [path for path in (out, *out.parents) if not path.exists()]
-    place.mkdir(parents=True, exist_ok=True)
-    try:
-        yield place
-    except BaseException:
-        if last_checkpoint(out) is None:
-            shutil.rmtree(place, ignore_errors=True)
-            with suppress(OSError):
-                for path in fresh:
-                    path.rmdir()
-        raise
-
-
-def _check_losses(epochs: list[Scores], place: Path) -> None:
-    for number, scores in enumerate(epochs, start=1):
-        if not math.isfinite(scores.loss):
-            shutil.rmtree(place)  # going on from there is useless
-            raise AdapterBankError(f"the loss is no number any more after epoch {number}; use a lower lr or head_lr")
-
-
-def _finish(model: Any, out: Path, labels: list[str], base: str | None) -> None:
-    adapter_config(model).base_model_name_or_path = base  # the folder that it was loaded from is nobody's else
-    with tempfile.TemporaryDirectory(dir=out, prefix=".") as scratch:
-        model.save_pretrained(scratch, save_embedding_layers=False)
-        Path(scratch, "README.md").unlink(missing_ok=True)  # PEFT's empty model card, which names a folder on our disk
-        if labels:
-            Path(scratch, "labels.json").write_text(json.dumps(labels) + "\n")
-        # the config last: with it the directory is an adapter
-        for path in sorted(Path(scratch).iterdir(), key=lambda path: path.name == "adapter_config.json"):
-            os.replace(path, out / path.name)
-    shutil.rmtree(out / "checkpoints")
