@@ -17,14 +17,14 @@ def write_result(name: str, result: dict[str, Any], seed: int) -> Path:
     """Write ``results/NAME.json``, with everything that is needed to judge the numbers."""
     about = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": _commit(),
+        "commit": commit(),
         "seed": seed,
-        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "machine": machine(),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"about": about, **_rounded(result)}, indent=1) + "\n")
+    path.write_text(json.dumps({"about": about, **rounded(result)}, indent=1) + "\n")
     return path
 
 
@@ -33,7 +33,9 @@ def read_results() -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit that is measured."""
+
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
@@ -49,10 +51,15 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _rounded(value: Any) -> Any:
+def machine() -> str:
+    """The processor, in words."""
+    return f"{_processor()}, {os.cpu_count()} cores"
+
+
+def rounded(value: Any) -> Any:
     """Floats to five digits: more is noise, and the files are read by people."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
-        return {str(key): _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {str(key): rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value

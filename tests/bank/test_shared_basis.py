@@ -108,9 +108,17 @@ def test_no_layer_has_more_directions_than_features():
     assert basis.k == (10, 3)
 
 
-def test_a_number_of_directions_is_positive(bank):
-    with pytest.raises(BankError, match="k=0 is no number of directions"):
-        bank.basis(0)
+def test_a_number_of_directions_is_not_negative(bank):
+    with pytest.raises(BankError, match="k=-1 is no number of directions"):
+        bank.basis(-1)
+
+
+def test_without_directions_any_bank_is_as_good_as_another(bank, planted):
+    none = bank.basis(0)
+    assert all(basis.k == (0, 0) for basis in none.modules.values())
+    other = Bank.fit(planted[:3], k=4)
+    assert other.basis(0).fingerprint == none.fingerprint
+    assert other.basis(4).fingerprint != bank.basis(4).fingerprint
 
 
 def test_the_papers_banks_give_their_means_too(planted):

@@ -109,8 +109,8 @@ class BankBasis:
 
 def shared_basis(bank: "Bank", k: int | None = None, *, members: int | None = None) -> BankBasis:
     """See :meth:`adapterbank.Bank.basis`."""
-    if k is not None and k < 1:
-        raise BankError(f"k={k} is no number of directions; give at least 1")
+    if k is not None and k < 0:
+        raise BankError(f"k={k} is no number of directions; give 0 or more")
     wanted = DEFAULT_K if k is None else k
     stored = [(_stored(b.side_in), _stored(b.side_out)) for b in bank.bases]
     sides = [(b.side_in, b.side_out) for b in bank.bases]
@@ -140,10 +140,11 @@ def shared_basis(bank: "Bank", k: int | None = None, *, members: int | None = No
             V=full[0], U=full[1].T.contiguous(), fold=fold, mean_in=mean_in, mean_out=mean_out,
             stored=(min(len(pair[0]), wanted), min(len(pair[1]), wanted)),
         )  # fmt: skip
-    if not any(min(basis.k) for basis in modules.values()):
+    if wanted and not any(min(basis.k) for basis in modules.values()):
         raise BankError("the bank has no directions: it has no members that change the base model; add adapters")
     used = names if derived else []
-    recipe = [bank.index.basis, wanted, [bank[name].sha256 for name in used]]
+    # without directions of its own one bank is as good as another
+    recipe = [bank.index.basis if wanted else "", wanted, [bank[name].sha256 for name in used]]
     fingerprint = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
     return BankBasis(modules=modules, k=wanted, members=len(used), fingerprint=fingerprint)
 

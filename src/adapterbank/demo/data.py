@@ -71,13 +71,13 @@ def load_task(name: str, *, train: int, test: int, seed: int = 0) -> Task:
     """
     if name not in TASKS:
         raise KeyError(f"no task {name!r}; there are {', '.join(TASKS)}")
-    pool = _source(name)
+    pool = source_rows(name)
     return draw(name, pool["train"], pool["test"], train=train, test=test, seed=seed)
 
 
 def draw(name: str, train_rows: Sequence[Row], test_rows: Sequence[Row], *, train: int, test: int, seed: int) -> Task:
     """Shuffle and cut both sides of a split; a text that is in the training part never enters the test part."""
-    train_pool, test_pool = _unique(train_rows), _unique(test_rows)
+    train_pool, test_pool = unique(train_rows), unique(test_rows)
     labels = tuple(sorted({label for _, label in train_pool}))
     index = {label: i for i, label in enumerate(labels)}
     shuffle = random.Random(f"{name} {seed}").shuffle
@@ -94,11 +94,13 @@ def draw(name: str, train_rows: Sequence[Row], test_rows: Sequence[Row], *, trai
     )
 
 
-def _unique(rows: Iterable[Row]) -> list[Row]:
+def unique(rows: Iterable[Row]) -> list[Row]:
+    """Rows without empty ones and repetitions, in their order."""
     return list(dict.fromkeys((text.strip(), label.strip()) for text, label in rows if text.strip() and label.strip()))
 
 
-def _source(name: str) -> dict[str, list[Row]]:
+def source_rows(name: str) -> dict[str, list[Row]]:
+    """Everything that a task of ``TASKS`` draws from, by ``train`` and ``test``."""
     if name in PAIRS:
         groups = PAIRS[name]
         return {s: [row for row in _orange_split("20newsgroups", s) if row[1] in groups] for s in ("train", "test")}
@@ -112,7 +114,7 @@ def _source(name: str) -> dict[str, list[Row]]:
 
 def _halves(rows: list[Row]) -> dict[str, list[Row]]:
     """A split by position for sources that come without one; ``draw`` shuffles within each side."""
-    rows = _unique(rows)
+    rows = unique(rows)
     random.Random(0).shuffle(rows)
     return {"train": rows[: len(rows) // 2], "test": rows[len(rows) // 2 :]}
 

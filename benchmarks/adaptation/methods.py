@@ -1,0 +1,91 @@
+"""The rivals: what each one puts into the model, and which parameters it trains at the method's own rate."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+from adapterbank.tuner import EigenLoraConfig, augment, init_lora, nearest, optimizer_groups, start_at
+from benchmarks.adaptation.subject import Batch, Split, Subject
+
+HEAD_LR = 1e-2
+BATCH = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to adapt a model."""
+
+    name: str
+    kind: str
+    """``head``: nothing but the head; ``lora``, or another class of PEFT's configs; ``bank``: ours."""
+    lr: float
+    """Of all but the head."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Fields of the method's config."""
+    fit: str = "product"
+    """How the bank is fitted, where the method takes one."""
+    gradient: dict[str, Any] = field(default_factory=dict)
+    """Arguments of ``augment``; without any there are no gradient directions."""
+    start: dict[str, Any] = field(default_factory=dict)
+    """Arguments of ``init_lora``, or ``nearest``: how many members to start from."""
+
+    @property
+    def needs_bank(self) -> bool:
+        """Whether it takes anything from the source adapters."""
+        return self.kind == "bank" or bool(self.start)
+
+
+def build(
+    method: Method, subject: Subject, split: Split, bank: Path | None, *, seed: int
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """The model with what the method adds, and the optimizer's groups; ``bank`` where the method needs one."""
+    base = subject.base(split)
+    torch.manual_seed(seed)
+    if method.kind == "head":
+        return _head_alone(subject, base, method.lr)
+    heads = {"modules_to_save": list(subject.head)} if subject.head else {}
+    if method.kind != "bank":
+        config = getattr(peft, method.kind)(target_modules=list(subject.targets), **heads, **method.config)
+        model = peft.get_peft_model(base, config)
+        if method.start:
+            init_lora(model, bank, **method.start)
+        return model, _groups(subject, model, method.lr)
+    model = peft.get_peft_model(base, EigenLoraConfig(bank=bank, **heads, **method.config))
+    if method.gradient:
+        batches = _batches(subject, split, seed)
+        augment(model, batches, head_lr=HEAD_LR, **method.gradient)
+    if "nearest" in method.start:
+        scores = nearest(model, _batches(subject, split, seed), bank, head_lr=HEAD_LR)
+        best = list(islice(scores, method.start["nearest"]))
+        start_at(model, bank, dict.fromkeys(best, method.start["weight"] / len(best)))
+    return model, optimizer_groups(model, method.lr, head_lr=HEAD_LR)
+
+
+def _batches(subject: Subject, split: Split, seed: int) -> list[Batch]:
+    examples: Sequence[Any] = random.Random(seed).sample(split.train, len(split.train))
+    return [subject.batch(examples[i : i + BATCH]) for i in range(0, len(examples), BATCH)]
+
+
+def _head_alone(subject: Subject, base: nn.Module, lr: float) -> tuple[nn.Module, list[dict[str, Any]]]:
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(is_head(subject, name))
+    return base, [{"params": [p for p in base.parameters() if p.requires_grad], "lr": lr}]
+
+
+def _groups(subject: Subject, model: nn.Module, lr: float) -> list[dict[str, Any]]:
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    head = [p for name, p in trained if is_head(subject, name)]
+    rest = [p for name, p in trained if not is_head(subject, name)]
+    return [{"params": rest, "lr": lr}, *([{"params": head, "lr": HEAD_LR}] if head else [])]
+
+
+def is_head(subject: Subject, name: str) -> bool:
+    """Whether a parameter or a stored tensor belongs to the head."""
+    return any(part in name.split(".") for part in subject.head)

@@ -1,0 +1,152 @@
+"""One run of the study: a method, a task, a seed. Results are lines of committed files, and are never made twice."""
+
+import datetime
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import json
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from adapterbank.bank import Bank
+from adapterbank.tuner import export_lora
+from benchmarks.adaptation.methods import Method, build, is_head
+from benchmarks.adaptation.sources import Recycled
+from benchmarks.adaptation.subject import Subject
+from benchmarks.adaptation.subjects import SUBJECTS
+from benchmarks.adaptation.training import Recipe, evaluate, train
+from benchmarks.record import commit, machine, rounded
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "peft", "transformers", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Equal fields, same result."""
+
+    part: str
+    """The file that it belongs to."""
+    subject: str
+    task: str
+    method: Method
+    sources: Recycled | None = None
+    """Adapters of the bank, for methods that take one."""
+    seed: int = 0
+    examples: int = 320
+    steps: int = 80
+
+    @property
+    def key(self) -> str:
+        """Hash of all fields."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def execute(run: Run) -> dict[str, Any]:
+    """Train, test, measure: what a line of the results holds."""
+    start = time.process_time()
+    torch.set_num_threads(1)
+    # PEFT 0.21 still asks transformers 5 for a name that it renamed
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    subject = SUBJECTS[run.subject]
+    split = subject.split(run.task, train=run.examples, seed=run.seed)
+    bank = run.sources.bank() if run.sources is not None else None
+    began = time.process_time()
+    model, groups = build(run.method, subject, split, bank, seed=run.seed)
+    build_seconds = time.process_time() - began
+    done = train(subject, model, groups, split.train, split.validation, Recipe(steps=run.steps, seed=run.seed))
+    test_loss, right = evaluate(subject, model, split.test)
+    return {
+        "accuracy": float(right.double().mean()),
+        "test_loss": test_loss,
+        "test_examples": len(split.test),
+        "validation": [list(point) for point in done.validation],
+        # means of tenths of the run: single steps are noise
+        "train_loss": [sum(part) / len(part) for part in _tenths(done.train_loss)],
+        "trained": _trained(subject, model),
+        **_stored(subject, model, bank if run.method.kind == "bank" and run.method.fit == "product" else None),
+        "step_seconds": done.step_seconds,
+        "build_seconds": build_seconds,
+        "cpu_seconds": time.process_time() - start,
+    }
+
+
+def _tenths(losses: Sequence[float]) -> Iterable[Sequence[float]]:
+    size = max(1, len(losses) // 10)
+    return (losses[i : i + size] for i in range(0, len(losses), size))
+
+
+def _trained(subject: Subject, model: torch.nn.Module) -> int:
+    return sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and not is_head(subject, n))
+
+
+def _stored(subject: Subject, model: Any, bank: Path | None) -> dict[str, int]:
+    """Bytes of the saved adapter without its head, and of the adapter as a member of its bank."""
+    if not hasattr(model, "peft_config"):
+        return {"stored_bytes": 0}
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save_pretrained(scratch, save_embedding_layers=False)
+        tensors = load_file(Path(scratch) / "adapter_model.safetensors")
+    found = {"stored_bytes": sum(t.nbytes for name, t in tensors.items() if not is_head(subject, name))}
+    if bank is not None:
+        opened = Bank.load(bank)  # in memory only
+        (name,) = opened.add(export_lora(model, name="new-task"))
+        found["member_bytes"] = opened[name].bytes
+    return found
+
+
+def load_results(part: str) -> dict[str, dict[str, Any]]:
+    """Lines of a part's file by the key of their run."""
+    path = RESULTS / f"{part}.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {line["key"]: line for line in map(json.loads, lines)}
+
+
+def run_all(runs: Sequence[Run], *, workers: int, told: Callable[[str], None]) -> int:
+    """Execute what has no line yet, ``workers`` at a time, and write each line as it comes; how many there were."""
+    have = {part: load_results(part) for part in {run.part for run in runs}}
+    wanted = list({run.key: run for run in runs if run.key not in have[run.part]}.values())
+    told(f"{len(runs)} runs, {len(wanted)} to do")
+    start = time.perf_counter()
+    # spawn: torch's thread pool doesn't survive a fork
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(execute, run): run for run in wanted}
+        for i, future in enumerate(as_completed(futures), 1):
+            run, result = futures[future], future.result()
+            _append(run, result)
+            told(
+                f"{i}/{len(wanted)} {time.perf_counter() - start:.0f} s: {run.part} {run.task} {run.method.name} "
+                f"lr {run.method.lr:g} seed {run.seed}: {result['accuracy']:.3f}, "
+                f"validation {result['validation'][-1][1]:.3f}, {result['cpu_seconds']:.0f} CPU s"
+            )
+    return len(wanted)
+
+
+def _append(run: Run, result: dict[str, Any]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    line = {"key": run.key, **asdict(run), "result": rounded(result), "about": about()}
+    with (RESULTS / f"{run.part}.jsonl").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # another process may be running another selection
+        file.write(json.dumps(line, separators=(",", ":")) + "\n")
+
+
+@functools.cache
+def about() -> dict[str, Any]:
+    """Where and with what a line came to be."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": commit(),
+        "machine": machine(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
