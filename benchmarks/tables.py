@@ -2,10 +2,12 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.adaptation.page import page as adaptation_page
+from benchmarks.adaptation.plots import draw as draw_adaptation
+from benchmarks.markdown import table
 from benchmarks.pictures import PICTURES, draw_rate_distortion
 from benchmarks.record import read_results
 
@@ -41,6 +43,7 @@ def write() -> None:
         path.write_text(text)
     if "real-private" in results:
         draw_rate_distortion(results["real-private"], PICTURES / "rate-distortion.svg")
+    draw_adaptation(PICTURES)
 
 
 def pages(results: dict[str, Result]) -> dict[Path, str]:
@@ -56,6 +59,7 @@ def pages(results: dict[str, Result]) -> dict[Path, str]:
         docs / "growth.md": _growth_page(results),
         docs / "accuracy.md": _accuracy_page(results),
         docs / "training.md": _training_page(results),
+        docs / "adaptation.md": _page(adaptation_page()),
     }
 
 
@@ -71,7 +75,7 @@ def _readme(results: dict[str, Result]) -> str:
     rows = [[f"{r['title']} ({r['adapters']})", *(_versus(r, ratio) for ratio in README_RATIOS)] for r in shown]
     parts = [
         "Error at equal bytes, **the bank's** first, then that of the best rival:",
-        _table(header, rows),
+        table(header, rows),
         f"The bank had the smaller error in {better} of {len(against)} comparisons from 2x to 120x "
         "([all of them](docs/benchmarks/rate-distortion.md)).",
     ]
@@ -123,7 +127,7 @@ def _rate_distortion_section(result: Result) -> list[str]:
     parts = [
         f"## {result['title']}",
         f"{shape}, {result['bytes_fp32'] / 1e6:.1f} MB in 32 bits.",
-        _table(["ratio", "bank", "best rival", "its error", "bank / bound"], rows),
+        table(["ratio", "bank", "best rival", "its error", "bank / bound"], rows),
     ]
     promised = [
         f"{_error(t['error'])} at {t['ratio']:g}x (target {t['at_most']:g}: {'met' if t['met'] else 'missed'})"
@@ -151,7 +155,7 @@ def _peers_table(result: Result) -> str:
         [r["tool"], f"{r['cpu_seconds']:.1f}", f"{r['peak_mb']:.0f} MB", f"{r['ratio']:.1f}x", _error(r["error"])]
         for r in result["rows"]
     ]
-    return _table(["", "CPU s", "peak memory", "ratio", "error of the update"], rows)
+    return table(["", "CPU s", "peak memory", "ratio", "error of the update"], rows)
 
 
 def _growth_page(results: dict[str, Result]) -> str:
@@ -181,7 +185,7 @@ def _growth_page(results: dict[str, Result]) -> str:
         ]
         parts += [
             "Adapters of rank 8, width 1024, 12 modules; every step in a fresh process with one thread.",
-            _table(header, rows),
+            table(header, rows),
             "\n".join(
                 f"- {name}: the largest needs {g['peak_largest_over_middle']:.2f} times the memory of the middle size, "
                 f"and {g['cpu_seconds_per_adapter_middle_to_largest']:.3f} CPU seconds for each further adapter; up to "
@@ -208,7 +212,7 @@ def _accuracy_page(results: dict[str, Result]) -> str:
             for name, before in result["by_adapter_before"].items()
         ]
         header = ["adapter", "as trained", *(f"{row['ratio']:.1f}x" for row in at)]
-        parts += [f"## {result['title'].split(', ')[-1]}", _table(header, rows), _about(result)]
+        parts += [f"## {result['title'].split(', ')[-1]}", table(header, rows), _about(result)]
     return _page(parts)
 
 
@@ -230,7 +234,7 @@ def _accuracy_table(found: list[Result], title: str) -> str:
         for row in result["rows"]
     ]
     header = ["real adapters", "ratio", "error of the update", "accuracy before", "after", "change"]
-    return "\n\n".join(part for part in (title, _table(header, rows)) if part) if rows else ""
+    return "\n\n".join(part for part in (title, table(header, rows)) if part) if rows else ""
 
 
 def _training_page(results: dict[str, Result]) -> str:
@@ -274,7 +278,7 @@ def _training_step_section(result: Result) -> list[str]:
         "parameters, the optimizer's state and what autograd saves, each storage once, without the frozen model; the "
         "basis is shared by all adapters of a model. *Peak*: resident memory above the loaded model, in a process of "
         "its own.",
-        _table(header, rows),
+        table(header, rows),
         _targets(result),
         _about(result),
     ]
@@ -293,7 +297,7 @@ def _many_adapters_section(result: Result) -> list[str]:
         f"{result['layers']} layers of {result['width']}, rank {result['r']}, k = {result['k']}; one adapter after the "
         f"other with `add_adapter`. All {result['adapters']}: {of['lora']['all']:.0f} s with LoRA, "
         f"{of['bank']['all']:.1f} s in the bank.",
-        _table(["", "PEFT's LoRA", "bank", "share"], rows),
+        table(["", "PEFT's LoRA", "bank", "share"], rows),
         _targets(result),
         _about(result),
     ]
@@ -313,7 +317,7 @@ def _contraction_section(result: Result) -> list[str]:
         f"## {result['title']}",
         f"The update alone, at {result['points']} points of d, k, r and tokens. The rule is right where it takes the "
         f"faster side; within {100 * result['tie']:.0f} % both are. Times are over those of always the faster side.",
-        _table(header, rows),
+        table(header, rows),
         _targets(result),
         _about(result),
     ]
@@ -341,11 +345,6 @@ def _about(result: Result) -> str:
     about = result["about"]
     versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("adapterbank", "torch", "numpy"))
     return f"<sub>{about['date']}, commit {about['commit']}, seed {about['seed']}, {about['machine']}, {versions}</sub>"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _error(error: float) -> str:

@@ -24,7 +24,8 @@ class Method:
 
     name: str
     kind: str
-    """``head``: nothing but the head; ``lora``, or another class of PEFT's configs; ``bank``: ours."""
+    """``head``: nothing but the head; ``bank``: ours; ``analytic``: the task's own LoRA, projected; or the name of one
+    of PEFT's configs."""
     lr: float
     """Of all but the head."""
     config: dict[str, Any] = field(default_factory=dict)
@@ -39,7 +40,7 @@ class Method:
     @property
     def needs_bank(self) -> bool:
         """Whether it takes anything from the source adapters."""
-        return self.kind == "bank" or bool(self.start)
+        return self.kind in ("bank", "analytic") or bool(self.start)
 
 
 def build(

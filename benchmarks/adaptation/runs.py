@@ -1,7 +1,6 @@
 """One run of the study: a method, a task, a seed. Results are lines of committed files, and are never made twice."""
 
 import datetime
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -21,14 +20,15 @@ from safetensors.torch import load_file
 
 from adapterbank.bank import Bank
 from adapterbank.tuner import export_lora
+from benchmarks.adaptation.analytic import projected
 from benchmarks.adaptation.methods import Method, build, is_head
-from benchmarks.adaptation.sources import Recycled
+from benchmarks.adaptation.results import append, load_results
+from benchmarks.adaptation.sources import Recycled, Source
 from benchmarks.adaptation.subject import Subject
 from benchmarks.adaptation.subjects import SUBJECTS
 from benchmarks.adaptation.training import Recipe, evaluate, train
 from benchmarks.record import commit, machine, rounded
 
-RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "peft", "transformers", "numpy")
 
 
@@ -63,7 +63,12 @@ def execute(run: Run) -> dict[str, Any]:
     split = subject.split(run.task, train=run.examples, seed=run.seed)
     bank = run.sources.bank() if run.sources is not None else None
     began = time.process_time()
-    model, groups = build(run.method, subject, split, bank, seed=run.seed)
+    if run.method.kind == "analytic":
+        assert run.sources is not None and bank is not None
+        adapter = Source(subject=run.subject, task=run.task, family=run.sources.family).train()
+        model, groups = projected(subject, split, adapter, bank, run.method.config["k"]), []
+    else:
+        model, groups = build(run.method, subject, split, bank, seed=run.seed)
     build_seconds = time.process_time() - began
     done = train(subject, model, groups, split.train, split.validation, Recipe(steps=run.steps, seed=run.seed))
     test_loss, right = evaluate(subject, model, split.test)
@@ -106,13 +111,6 @@ def _stored(subject: Subject, model: Any, bank: Path | None) -> dict[str, int]:
     return found
 
 
-def load_results(part: str) -> dict[str, dict[str, Any]]:
-    """Lines of a part's file by the key of their run."""
-    path = RESULTS / f"{part}.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {line["key"]: line for line in map(json.loads, lines)}
-
-
 def run_all(runs: Sequence[Run], *, workers: int, told: Callable[[str], None]) -> int:
     """Execute what has no line yet, ``workers`` at a time, and write each line as it comes; how many there were."""
     have = {part: load_results(part) for part in {run.part for run in runs}}
@@ -124,21 +122,13 @@ def run_all(runs: Sequence[Run], *, workers: int, told: Callable[[str], None]) -
         futures = {pool.submit(execute, run): run for run in wanted}
         for i, future in enumerate(as_completed(futures), 1):
             run, result = futures[future], future.result()
-            _append(run, result)
+            append({"key": run.key, **asdict(run), "result": rounded(result), "about": about()})
             told(
                 f"{i}/{len(wanted)} {time.perf_counter() - start:.0f} s: {run.part} {run.task} {run.method.name} "
                 f"lr {run.method.lr:g} seed {run.seed}: {result['accuracy']:.3f}, "
                 f"validation {result['validation'][-1][1]:.3f}, {result['cpu_seconds']:.0f} CPU s"
             )
     return len(wanted)
-
-
-def _append(run: Run, result: dict[str, Any]) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    line = {"key": run.key, **asdict(run), "result": rounded(result), "about": about()}
-    with (RESULTS / f"{run.part}.jsonl").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # another process may be running another selection
-        file.write(json.dumps(line, separators=(",", ":")) + "\n")
 
 
 @functools.cache

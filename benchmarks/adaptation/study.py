@@ -1,21 +1,48 @@
 """What is run: methods, tasks, seeds, part by part. Choices are made on validation parts, tables on test parts."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from benchmarks.adaptation.language import TASKS as LANGUAGE_TASKS
 from benchmarks.adaptation.methods import Method
-from benchmarks.adaptation.runs import Run, load_results
-from benchmarks.adaptation.sources import Recycled
+from benchmarks.adaptation.results import load_results
+from benchmarks.adaptation.runs import Run
+from benchmarks.adaptation.sources import Recycled, Source
 from benchmarks.adaptation.texts import HELD_OUT, RELATED, SOURCES
+from benchmarks.adaptation.vision import SUBSETS
 
 SEEDS = (0, 1, 2)
-CHOOSING = ("rotten-tomatoes", "intent")
-"""Tasks whose validation parts choose the learning rates."""
 FACTOR = 3.0
 """Between two rates of a grid."""
 WIDEST = 3
 """Steps away from the middle of a grid at which widening ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A model and its tasks."""
+
+    subject: str
+    sources: tuple[str, ...]
+    """Tasks of the adapters that are recycled."""
+    choosing: tuple[str, ...]
+    """Tasks whose validation parts choose the learning rates, with the first seed."""
+    rates: tuple[str, ...]
+    """Parts that hold the runs which choose."""
+    examples: int = 320
+    steps: int = 80
+
+
+TEXTS = Setting(subject="encoder", sources=SOURCES, choosing=("rotten-tomatoes", "intent"), rates=("rates", "appendix"))
+CLASSES = tuple("-".join(subset) for subset in SUBSETS)
+VISION = Setting(
+    subject="vision", sources=CLASSES, choosing=CLASSES[:2], rates=("vision-rates",), examples=160, steps=40
+)
+ANSWERS = ("question", "past-tense")
+LANGUAGE = Setting(
+    subject="language", sources=tuple(LANGUAGE_TASKS), choosing=ANSWERS, rates=("language-rates",), steps=40
+)
 
 
 # --- methods, each at the middle of its grid --------------------------------------------------------------------------
@@ -49,6 +76,7 @@ MIXED_MEAN = in_bank("bank + gradient, mean start", k=16, gradient=16, start="me
 RANDOM_GRADIENT = in_bank("random + gradient", k=0, random_directions=16, gradient=16)
 GRADIENT = in_bank("gradient", k=0, gradient=32)
 GRADIENT_16 = in_bank("gradient 16", k=0, gradient=16)
+MIXED_8 = in_bank("bank 8 + gradient 8", k=8, gradient=8)
 FROM_BANK = lora(8, 1.5e-3, "LoRA from the bank", start="mean")
 
 MAIN = (
@@ -69,56 +97,65 @@ APPENDIX = (
     in_bank("bank 24 + gradient 8", k=24, gradient=8),
     in_bank("core 22 x 22", k=22, train="core"),
     in_bank("free rank 1 beside 32", free_rank=1),
+    in_bank("trained components", train="components"),
     in_bank("r=2 on bank 32 + random 96", r=2, random_directions=96),
     replace(BANK, name="bank, nearest 3", start={"nearest": 3, "weight": 1.0}),
     in_bank("zero-shot inside", train="head", start="random"),
     in_bank("zero-shot outside", train="head", start="random", k=0, random_directions=32),
 )
 """One seed, the two tasks that choose: their tables are the tests of the runs that chose their rates."""
+WITH_K = tuple(in_bank(f"bank, k={k}", k=k, r=min(8, k)) for k in (2, 4, 8, 16))
+IN_VISION = (HEAD, lora(4, 1.5e-3), lora(1, 4.5e-3), in_bank("random", k=0, random_directions=16), *WITH_K, MIXED_8)
+ANALYTIC = Method(name="analytic", kind="analytic", lr=0.0, config={"k": 32})
+ZERO_SHOT = in_bank("zero-shot", train="head", start="random")
+IN_LANGUAGE = (LORA, lora(1, 4.5e-3), RANDOM, BANK, BANK_MEAN, MIXED)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-def recycled(task: str, method: Method, family: str = "private", tasks: Sequence[str] = SOURCES) -> Recycled | None:
-    """The bank that a method starts from on a task: every source but the task itself."""
-    if not method.needs_bank:
-        return None
-    kept = tuple(source for source in tasks if source != task)
-    return Recycled(subject="encoder", family=family, tasks=kept, fit=method.fit)
-
-
-def texts(
+def runs(
     part: str,
+    setting: Setting,
     methods: Sequence[Method],
-    tasks: Sequence[str] = HELD_OUT,
+    tasks: Sequence[str],
     *,
     seeds: Sequence[int] = SEEDS,
     family: str = "private",
+    most_sources: int | None = None,
+    noisy: int = 0,
     **fields: Any,
 ) -> Iterator[Run]:
-    """Every method on every task and seed, on MiniLM; the seeds outside, so that a first look comes early."""
+    """Every method on every task and seed; the seeds outside, so that a first look comes early.
+
+    A bank holds the adapters of every source but the task itself, or the first ``most_sources`` of them.
+    """
+    fields = {"examples": setting.examples, "steps": setting.steps, **fields}
     for seed in seeds:
         for task in tasks:
+            kept = tuple(source for source in setting.sources if source != task)[:most_sources]
             for method in methods:
-                sources = recycled(task, method, family)
-                yield Run(part=part, subject="encoder", task=task, method=method, sources=sources, seed=seed, **fields)
+                bank = Recycled(subject=setting.subject, family=family, tasks=kept, fit=method.fit, noisy=noisy)
+                sources = bank if method.needs_bank else None
+                yield Run(
+                    part=part, subject=setting.subject, task=task, method=method, sources=sources, seed=seed, **fields
+                )
 
 
-def rates(methods: Sequence[Method]) -> Iterator[Run]:
+def rates(part: str, setting: Setting, methods: Sequence[Method]) -> Iterator[Run]:
     """Three rates a method, and more beyond an edge that came out best."""
-    for method in methods:
-        for lr in grid(method):
-            yield from texts("rates", [replace(method, lr=lr)], CHOOSING, seeds=SEEDS[:1])
+    for method in {method.name: method for method in methods}.values():
+        tried = [replace(method, lr=lr) for lr in grid(setting, method)]
+        yield from runs(part, setting, tried, setting.choosing, seeds=SEEDS[:1])
 
 
-def grid(method: Method) -> list[float]:
+def grid(setting: Setting, method: Method) -> list[float]:
     """Rates to try, as far as results tell."""
     if method.config.get("train") == "head":
         return [method.lr]  # nothing but the head is trained
-    losses = mean_losses(method.name)
+    losses = mean_losses(setting, method.name)
     steps = [-1, 0, 1]
-    while len(steps) < 2 * WIDEST + 1 and all(_rate(method, step) in losses for step in steps):
+    while all(_rate(method, step) in losses for step in steps):
         best = min(steps, key=lambda step: losses[_rate(method, step)])
         if best == steps[0] and best > -WIDEST:
             steps.insert(0, best - 1)
@@ -133,30 +170,72 @@ def _rate(method: Method, step: int) -> float:
     return float(f"{method.lr * FACTOR**step:.3g}")
 
 
-def mean_losses(name: str) -> dict[float, float]:
+def mean_losses(setting: Setting, name: str) -> dict[float, float]:
     """Mean final validation loss of a method at each rate that was tried on all tasks that choose."""
     found: dict[float, list[float]] = {}
-    for line in load_results("rates").values():
+    for line in (line for part in setting.rates for line in load_results(part).values()):
         if line["method"]["name"] == name:
             found.setdefault(line["method"]["lr"], []).append(line["result"]["validation"][-1][1])
-    return {lr: sum(losses) / len(losses) for lr, losses in found.items() if len(losses) == len(CHOOSING)}
+    return {lr: sum(losses) / len(losses) for lr, losses in found.items() if len(losses) == len(setting.choosing)}
 
 
-def tuned(methods: Sequence[Method]) -> list[Method]:
-    """The methods at their chosen rates."""
+def tuned(setting: Setting, methods: Sequence[Method], like: Method | None = None) -> list[Method]:
+    """The methods at their chosen rates, or at that of ``like``."""
     found = []
     for method in methods:
-        losses = mean_losses(method.name)
+        losses = mean_losses(setting, (like or method).name)
         if not losses:
-            raise SystemExit(f"Error: no rate is chosen for {method.name!r}; run the part 'rates' first")
+            raise SystemExit(f"Error: no rate is chosen for {method.name!r}; run {setting.rates[0]!r} first")
         found.append(replace(method, lr=min(losses, key=losses.__getitem__)))
     return found
 
 
+def _from_banks(methods: Sequence[Method]) -> list[Method]:
+    return [method for method in methods if method.needs_bank]
+
+
+def _sources() -> Iterator[Run]:
+    for count in (2, 4, 8, 12):
+        method = tuned(TEXTS, [in_bank(f"bank of {count}", k=16)], like=BANK)
+        yield from runs("sources", TEXTS, method, SCALED, most_sources=count)
+
+
+def _protocol() -> Iterator[Run]:
+    """The source adapters' own tasks, data and steps."""
+    like: dict[str, Any] = {"seeds": (Source.seed,), "examples": Source.examples}
+    for family in ("private", "oneseed"):
+        trained = [*tuned(TEXTS, (HEAD, LORA, lora(1, 4.5e-3), BANK)), ZERO_SHOT]
+        yield from runs("protocol", TEXTS, trained, PROTOCOL, steps=Source.steps, family=family, **like)
+        yield from runs("protocol", TEXTS, [ANALYTIC], PROTOCOL, steps=0, family=family, **like)
+
+
+def _noise() -> Iterator[Run]:
+    for count in (0, 4, 12, 36):
+        method = tuned(TEXTS, [in_bank(f"bank with {count} untrained", k=16)], like=BANK)
+        yield from runs("noise", TEXTS, method, SCALED, noisy=count)
+
+
+SCALED = ("rotten-tomatoes", "intent", "multiemo-hotels")
+"""Tasks on which the bank itself is varied."""
+PROTOCOL = ("autos-motorcycles", "graphics-windows", "multiemo-medicine", "multiemo-reviews")
+"""Sources that play the new task."""
+MANY = tuple(task for task in HELD_OUT if task != "intent")
+"""Tasks with 2,000 examples."""
 PARTS: dict[str, Callable[[], Iterator[Run]]] = {
-    "rates": lambda: rates(list({m.name: m for m in (*MAIN, *ABLATION)}.values())),
-    "main": lambda: texts("main", tuned(MAIN)),
-    "appendix": lambda: rates(APPENDIX),
-    "ablation": lambda: texts("ablation", tuned(ABLATION), (*HELD_OUT, *RELATED)),
-    "oneseed": lambda: texts("oneseed", [m for m in tuned(MAIN) if m.needs_bank], family="oneseed"),
+    "rates": lambda: rates("rates", TEXTS, (*MAIN, *ABLATION)),
+    "main": lambda: runs("main", TEXTS, tuned(TEXTS, MAIN), HELD_OUT),
+    "ablation": lambda: runs("ablation", TEXTS, tuned(TEXTS, ABLATION), (*HELD_OUT, *RELATED)),
+    "oneseed": lambda: runs("oneseed", TEXTS, tuned(TEXTS, _from_banks(MAIN)), HELD_OUT, family="oneseed"),
+    "appendix": lambda: rates("appendix", TEXTS, APPENDIX),
+    "directions": lambda: runs("directions", TEXTS, tuned(TEXTS, WITH_K, like=BANK), SCALED),
+    "sources": _sources,
+    "noise": _noise,
+    "protocol": _protocol,
+    "vision-rates": lambda: rates("vision-rates", VISION, IN_VISION),
+    "vision": lambda: runs("vision", VISION, tuned(VISION, IN_VISION), CLASSES),
+    "language-rates": lambda: rates("language-rates", LANGUAGE, IN_LANGUAGE),
+    "language": lambda: runs("language", LANGUAGE, tuned(LANGUAGE, IN_LANGUAGE), ANSWERS),
+    "more-data": lambda: runs(
+        "more-data", TEXTS, tuned(TEXTS, (LORA, BANK_MEAN, MIXED_MEAN)), MANY, seeds=SEEDS[:1], examples=2000, steps=250
+    ),
 }

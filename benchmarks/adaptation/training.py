@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -52,6 +53,8 @@ def train(
 ) -> Trained:
     """AdamW without decay, gradients clipped to 1, a linear warm-up and then down."""
     torch.manual_seed(recipe.seed)
+    if not recipe.steps:
+        return Trained(train_loss=[], validation=[(0, *_validated(subject, model, validation))], step_seconds=0.0)
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     warmup, steps = max(1, round(recipe.warmup * recipe.steps)), recipe.steps
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -59,7 +62,7 @@ def train(
     )
     trained = [parameter for group in groups for parameter in group["params"]]
     stops = {max(1, round(share * steps)) for share in recipe.evaluate}
-    losses, curve, seconds = [], [], []
+    losses, curve, seconds = [], [(0, *_validated(subject, model, validation))], []
     for step, batch in enumerate(ordered(subject, examples, recipe), 1):
         model.train()
         start = time.process_time()
@@ -70,11 +73,15 @@ def train(
         optimizer.zero_grad()
         seconds.append(time.process_time() - start)
         schedule.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         if step in stops:
-            value, right = evaluate(subject, model, validation)
-            curve.append((step, value, float(right.double().mean())))
-    return Trained(train_loss=losses, validation=curve, step_seconds=float(torch.tensor(seconds).median()))
+            curve.append((step, *_validated(subject, model, validation)))
+    return Trained(train_loss=losses, validation=curve, step_seconds=median(seconds))
+
+
+def _validated(subject: Subject, model: nn.Module, validation: Sequence[Sample]) -> tuple[float, float]:
+    loss, right = evaluate(subject, model, validation)
+    return loss, float(right.double().mean())
 
 
 def ordered(subject: Subject, examples: Sequence[Sample], recipe: Recipe) -> list[Batch]:

@@ -1,0 +1,107 @@
+"""From lines to figures: means with their spread, paired differences, steps to a loss."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks.adaptation.results import Line, load_results
+
+Cell = tuple[str, int]
+"""A task and a seed."""
+
+
+class Part:
+    """The results of one part, by method and cell."""
+
+    def __init__(self, *names: str) -> None:
+        """Read the files of these parts; where two have the same cell of a method, the first one's counts."""
+        self.lines: list[Line] = [line for name in names for line in load_results(name).values()]
+        self.cells: dict[str, dict[Cell, dict[str, Any]]] = {}
+        for line in self.lines:
+            cells = self.cells.setdefault(line["method"]["name"], {})
+            cells.setdefault((line["task"], line["seed"]), line["result"])
+        self.lr = {line["method"]["name"]: line["method"]["lr"] for line in self.lines}
+
+    @property
+    def tasks(self) -> list[str]:
+        """In the order in which they were run."""
+        return list(dict.fromkeys(line["task"] for line in self.lines))
+
+    def of(self, method: str, field: str) -> dict[Cell, Any]:
+        """One field of a method's results."""
+        return {cell: result[field] for cell, result in self.cells.get(method, {}).items() if field in result}
+
+    def mean(self, method: str, field: str = "accuracy", task: str | None = None) -> float:
+        """Mean over cells, of one task if named."""
+        return mean(value for cell, value in self.of(method, field).items() if task in (None, cell[0]))
+
+    def spread(self, method: str, field: str = "accuracy") -> float | None:
+        """Standard deviation over the seeds of the mean over the tasks; none with one seed."""
+        values = self.of(method, field)
+        seeds = sorted({seed for _, seed in values})
+        means = [mean(value for (_, s), value in values.items() if s == seed) for seed in seeds]
+        return stdev(means) if len(means) > 1 else None
+
+    def difference(self, method: str, other: str, field: str = "accuracy") -> "Paired":
+        """Method minus other over the cells that both have."""
+        ours, theirs = self.of(method, field), self.of(other, field)
+        return paired({cell: ours[cell] - theirs[cell] for cell in ours.keys() & theirs.keys()})
+
+    def curve(self, method: str, task: str) -> list[tuple[float, float]]:
+        """Share of the steps and validation loss, the mean over the seeds."""
+        found: dict[float, list[float]] = {}
+        for (name, _), points in self.of(method, "validation").items():
+            if name == task:
+                for step, loss, _accuracy in points:
+                    found.setdefault(step / points[-1][0], []).append(loss)
+        return [(share, mean(losses)) for share, losses in sorted(found.items())]
+
+    def mean_curve(self, method: str) -> list[tuple[float, float]]:
+        """As :meth:`curve`, the mean over the tasks: they have equally many steps."""
+        curves = [self.curve(method, task) for task in self.tasks]
+        return [(points[0][0], mean(loss for _, loss in points)) for points in zip(*filter(None, curves), strict=True)]
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A mean difference over cells."""
+
+    mean: float
+    error: float
+    """Standard error over cells: tasks and seeds together."""
+    error_over_tasks: float
+    """Standard error over the tasks' means: what says most about a next task."""
+    cells: int
+
+
+def paired(differences: Mapping[Cell, float]) -> Paired:
+    """Mean and standard errors of differences."""
+    by_task: dict[str, list[float]] = {}
+    for (task, _), value in differences.items():
+        by_task.setdefault(task, []).append(value)
+    return Paired(
+        mean=mean(differences.values()),
+        error=standard_error(differences.values()),
+        error_over_tasks=standard_error(mean(values) for values in by_task.values()),
+        cells=len(differences),
+    )
+
+
+def standard_error(values: Iterable[float]) -> float:
+    """Of the mean; 0 for a single value."""
+    found = list(values)
+    return stdev(found) / sqrt(len(found)) if len(found) > 1 else 0.0
+
+
+def reached(curve: Sequence[tuple[float, float]], target: float) -> float | None:
+    """Share of the steps after which a loss is first at most ``target``, between two points by a straight line."""
+    before: tuple[float, float] | None = None
+    for share, loss in curve:
+        if loss <= target:
+            if before is None or before[1] <= target:
+                return share
+            return before[0] + (share - before[0]) * (before[1] - target) / (before[1] - loss)
+        before = (share, loss)
+    return None

@@ -1,0 +1,80 @@
+"""The study's pictures: loss by step, accuracy by trained values."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.adaptation.analysis import Part
+from benchmarks.adaptation.page import LORA, OURS, TASKS, best_variant
+from benchmarks.pictures import BANK, GRID, INK, MUTED
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+RIVALS = {
+    "head": ("#94a3b8", (0, (1, 2))),
+    LORA: (INK, "-"),
+    "random": ("#0f766e", (0, (4, 2))),
+    "paper": ("#7c3aed", (0, (4, 1, 1, 1))),
+    "bank": ("#1d4ed8", "-"),
+}
+"""Colour and dashes; told apart by dashes too, for readers who don't see the hues."""
+
+
+def draw(folder: Path) -> None:
+    """Write every picture that there are results for."""
+    import matplotlib
+
+    matplotlib.rcParams["svg.hashsalt"] = "adapterbank"  # the same file from the same numbers
+    main = Part("main")
+    if main.lines:
+        folder.mkdir(parents=True, exist_ok=True)
+        _convergence(main, folder / "adaptation-convergence.svg")
+        _parameters(main, folder / "adaptation-parameters.svg")
+
+
+def _convergence(main: Part, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    axes = figure.subplots(2, 3).flat
+    shown = {**RIVALS, best_variant(main): (BANK, "-")}
+    for axis, task in zip(axes, main.tasks, strict=False):
+        _frame(axis)
+        for name, (color, dashes) in shown.items():
+            points = main.curve(name, task) if name in main.cells else []
+            axis.plot(
+                [100 * share for share, _ in points], [loss for _, loss in points],
+                color=color, linestyle=dashes, linewidth=2.2 if color == BANK else 1.3, label=name,
+            )  # fmt: skip
+        axis.set_title(TASKS[task], loc="left", color=INK, fontsize=10)
+    figure.supxlabel("% of the steps", color=INK, fontsize=10)
+    figure.supylabel("validation loss, mean of 3 seeds", color=INK, fontsize=10)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=9)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _parameters(main: Part, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
+    axis = figure.subplots()
+    _frame(axis)
+    axis.set_xscale("symlog", linthresh=1000)
+    for name in main.cells:
+        x, y = main.mean(name, "trained"), main.mean(name)
+        error = main.difference(name, LORA).error
+        color = BANK if name in OURS else INK
+        axis.errorbar([x], [y], yerr=[error or None] if error else None, fmt="o", color=color, markersize=5, capsize=2)
+        axis.annotate(name, (x, y), (7, 3), textcoords="offset points", color=color, fontsize=8.5)
+    axis.set_xlabel("trained values beside the head", color=INK)
+    axis.set_ylabel("mean accuracy; bars: s.e. of the difference to LoRA r=8", color=INK, fontsize=9)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _frame(axis: "Axes") -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(MUTED)
+    axis.tick_params(colors=INK, labelsize=8.5, length=3)
+    axis.grid(color=GRID, linewidth=0.8)
+    axis.set_axisbelow(True)
