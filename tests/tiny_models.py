@@ -95,6 +95,7 @@ ROWS = {
     "free": {"free_rank": 2},
     "augmented": {"random_directions": 3, "base_directions": 2},
     "gradient": {"gradient_directions": 4},
+    "random-basis": {"k": 0, "random_directions": 6},
     "scaled": {"lora_alpha": 8.0, "lora_dropout": 0.1},
 }
 """Ways to train: rows of the battery."""

@@ -60,14 +60,14 @@ def _main(main: Part) -> list[str]:
         "", "accuracy ± over seeds", "minus LoRA r=8 ± s.e.", "validation loss", "test loss", "trained", "stored",
         "as a member", "step, of LoRA's", "rate",
     ]  # fmt: skip
-    cells = len(main.of(LORA, "accuracy"))
+    cells = len(main.cells[LORA])
+    seeds = ", ".join(map(str, sorted({seed for _, seed in main.cells[LORA]})))
     return [
         "## Held-out tasks",
-        f"MiniLM-L6, query and value, {cells} cells: {', '.join(main.tasks)}, seeds "
-        f"{', '.join(map(str, sorted({seed for _, seed in main.cells[LORA]})))}; 320 examples, 80 steps of 16, 400 test "
-        "texts. The head is a linear layer on the mean of the tokens; all methods train it, and it is left out of "
-        "counts and bytes. In bold the best of ours by validation accuracy. After the second ± stands the standard "
-        "error of the paired difference over the cells, and in brackets over the tasks alone.",
+        f"MiniLM-L6, query and value, {cells} cells: {', '.join(main.tasks)}, seeds {seeds}; 320 examples, 80 steps of "
+        "16, 400 test texts. The head is a linear layer on the mean of the tokens; all methods train it, and it is "
+        "left out of counts and bytes. In bold the best of ours by validation accuracy. After the second ± stands the "
+        "standard error of the paired difference over the cells, and in brackets over the tasks alone.",
         table(header, rows),
         verdict(main),
     ]

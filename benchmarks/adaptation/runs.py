@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers.utils import logging
 
 from adapterbank.bank import Bank
 from adapterbank.tuner import export_lora
@@ -53,12 +54,17 @@ class Run:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def execute(run: Run) -> dict[str, Any]:
-    """Train, test, measure: what a line of the results holds."""
-    start = time.process_time()
+def _start() -> None:
+    """In each worker."""
     torch.set_num_threads(1)
     # PEFT 0.21 still asks transformers 5 for a name that it renamed
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    logging.disable_progress_bar()
+
+
+def execute(run: Run) -> dict[str, Any]:
+    """Train, test, measure: what a line of the results holds."""
+    start = time.process_time()
     subject = SUBJECTS[run.subject]
     split = subject.split(run.task, train=run.examples, seed=run.seed)
     bank = run.sources.bank() if run.sources is not None else None
@@ -118,7 +124,8 @@ def run_all(runs: Sequence[Run], *, workers: int, told: Callable[[str], None]) -
     told(f"{len(runs)} runs, {len(wanted)} to do")
     start = time.perf_counter()
     # spawn: torch's thread pool doesn't survive a fork
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start) as pool:
+        _prepare(wanted, pool, told)
         futures = {pool.submit(execute, run): run for run in wanted}
         for i, future in enumerate(as_completed(futures), 1):
             run, result = futures[future], future.result()
@@ -129,6 +136,16 @@ def run_all(runs: Sequence[Run], *, workers: int, told: Callable[[str], None]) -
                 f"validation {result['validation'][-1][1]:.3f}, {result['cpu_seconds']:.0f} CPU s"
             )
     return len(wanted)
+
+
+def _prepare(wanted: Sequence[Run], pool: ProcessPoolExecutor, told: Callable[[str], None]) -> None:
+    """Train and fit first what several runs will ask for, or each worker would make its own."""
+    banks = {run.sources: None for run in wanted if run.sources is not None and not run.sources.folder.exists()}
+    adapters = {source: None for bank in banks for source in bank.sources if not source.folder.exists()}
+    if banks:
+        told(f"{len(adapters)} source adapters and {len(banks)} banks to make")
+    list(pool.map(Source.train, adapters))
+    list(pool.map(Recycled.bank, banks))
 
 
 @functools.cache

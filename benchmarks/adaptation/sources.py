@@ -36,10 +36,14 @@ class Source:
     seed: int = 100
     """Of the data: not one of the study's own."""
 
+    @property
+    def folder(self) -> Path:
+        """Where it lies in the cache."""
+        return cache_dir() / "adaptation" / self.subject / f"{self.family}-{self.task}-{_hash(asdict(self))}"
+
     def train(self) -> Path:
         """PEFT directory of the adapter, from the cache if it is there."""
-        subject = SUBJECTS[self.subject]
-        folder = cache_dir() / "adaptation" / self.subject / f"{self.family}-{self.task}-{_hash(asdict(self))}"
+        subject, folder = SUBJECTS[self.subject], self.folder
         if folder.exists():
             return folder
         split = subject.split(self.task, train=self.examples, seed=self.seed)
@@ -73,14 +77,22 @@ class Recycled:
     noisy: int = 0
     """So many untrained adapters among them, of the others' mean size (spec E57)."""
 
+    @property
+    def sources(self) -> list[Source]:
+        """The adapters that it is made of."""
+        return [Source(subject=self.subject, task=task, family=self.family) for task in self.tasks]
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies in the cache."""
+        return cache_dir() / "adaptation" / self.subject / f"bank-{_hash(asdict(self))}"
+
     def bank(self) -> Path:
         """Its directory, fitted if need be."""
-        folder = cache_dir() / "adaptation" / self.subject / f"bank-{_hash(asdict(self))}"
+        folder = self.folder
         if folder.exists():
             return folder
-        adapters = [
-            LoraAdapter.load(Source(subject=self.subject, task=task, family=self.family).train()) for task in self.tasks
-        ]
+        adapters = [LoraAdapter.load(source.train()) for source in self.sources]
         adapters += _untrained(adapters, self.noisy)
         fitted = Bank.fit(adapters) if self.fit == "product" else Bank.fit(adapters, method="eigenlora", k=self.k)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:

@@ -82,6 +82,7 @@ FROM_BANK = lora(8, 1.5e-3, "LoRA from the bank", start="mean")
 MAIN = (
     HEAD, LORA, lora(1, 4.5e-3), RANDOM, PAPER, PAPER_BASE, BANK, BANK_MEAN, MIXED, MIXED_MEAN, FROM_BANK,
 )  # fmt: skip
+ADAPTED = (LORA, RANDOM, BANK, BANK_MEAN, MIXED)
 ABLATION = (MIXED, RANDOM_GRADIENT, GRADIENT, GRADIENT_16, BANK, RANDOM)
 APPENDIX = (
     PAPER_MEAN,
@@ -105,6 +106,11 @@ APPENDIX = (
 )
 """One seed, the two tasks that choose: their tables are the tests of the runs that chose their rates."""
 WITH_K = tuple(in_bank(f"bank, k={k}", k=k, r=min(8, k)) for k in (2, 4, 8, 16))
+AT_K = (
+    *WITH_K,
+    *(in_bank(f"random, k={k}", k=0, random_directions=k, r=min(8, k)) for k in (2, 4, 8, 16)),
+    *(in_bank(f"gradient, k={k}", k=0, gradient=k, r=min(8, k)) for k in (2, 4, 8, 16)),
+)
 IN_VISION = (HEAD, lora(4, 1.5e-3), lora(1, 4.5e-3), in_bank("random", k=0, random_directions=16), *WITH_K, MIXED_8)
 ANALYTIC = Method(name="analytic", kind="analytic", lr=0.0, config={"k": 32})
 ZERO_SHOT = in_bank("zero-shot", train="head", start="random")
@@ -227,7 +233,10 @@ PARTS: dict[str, Callable[[], Iterator[Run]]] = {
     "ablation": lambda: runs("ablation", TEXTS, tuned(TEXTS, ABLATION), (*HELD_OUT, *RELATED)),
     "oneseed": lambda: runs("oneseed", TEXTS, tuned(TEXTS, _from_banks(MAIN)), HELD_OUT, family="oneseed"),
     "appendix": lambda: rates("appendix", TEXTS, APPENDIX),
-    "directions": lambda: runs("directions", TEXTS, tuned(TEXTS, WITH_K, like=BANK), SCALED),
+    "directions": lambda: runs("directions", TEXTS, tuned(TEXTS, AT_K, like=BANK), SCALED),
+    "few-data": lambda: runs(
+        "few-data", TEXTS, tuned(TEXTS, (HEAD, *ADAPTED)), (*HELD_OUT, *RELATED), examples=48, steps=30
+    ),
     "sources": _sources,
     "noise": _noise,
     "protocol": _protocol,

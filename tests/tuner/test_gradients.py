@@ -130,6 +130,15 @@ def test_a_config_may_make_room_for_directions(bank_dir, batches):
     assert all(layer.eig_gradient_in["default"].any() for layer in layers(model).values())
 
 
+def test_directions_of_the_gradient_alone_make_a_basis(bank_dir, batches, inputs, tmp_path):
+    model = get_peft_model(llama(), eigen(bank_dir, k=0, gradient_directions=6))
+    augment(model, batches, 6)
+    assert all(layer.eig_coef_A["default"].shape == (4, 6) for layer in layers(model).values())
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(load(llama(), tmp_path, bank=bank_dir)(**inputs).logits, model.eval()(**inputs).logits)
+
+
 def test_what_cannot_be_augmented_is_refused(fresh, batches, bank_dir, inputs):
     with pytest.raises(AdapterBankError, match="no batches"):
         augment(fresh, [])

@@ -281,8 +281,8 @@ class Bank:
         them: the same bank gives the same basis. The last few are kept in memory, none is written.
 
         Args:
-            k: Directions a side, by default 32. Narrow layers have as many as they are wide, and where the bank kept
-                fewer of its members than their ranks say, there are fewer.
+            k: Directions a side, by default 32; 0 gives empty bases. Narrow layers have as many as they are wide, and
+                where the bank kept fewer of its members than their ranks say, there are fewer.
             members: Derive from the first so many members only, as a basis from before later ones came. Trained
                 tasks don't count: no direction is derived from them.
 

@@ -34,7 +34,8 @@ class EigenLoraConfig(PeftConfig):
     r: int = 8
     """Rank of the update."""
     k: int | None = None
-    """Directions of the basis a side, by default 32; see ``Bank.basis`` where a module has fewer."""
+    """Directions of the bank a side, by default 32; see ``Bank.basis`` where a module has fewer. 0: none, only those
+    that are added below."""
     lora_alpha: float | int | None = None
     """The update is scaled by ``lora_alpha / r``; by default by 1."""
     lora_dropout: float = 0.0
