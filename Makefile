@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VEN
 SOURCES := src tests docs $(wildcard benchmarks examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench docs clean
+.PHONY: help demo test lint format bench bench-adaptation bench-adaptation-quick docs clean
 .DELETE_ON_ERROR:
 # The stamps are wanted files, not intermediate ones that make may delete.
 .SECONDARY:
@@ -20,6 +20,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make lint    check style and types (make format fixes the style)"
 	@echo "make bench   run the benchmarks and rewrite the README tables"
+	@echo "make bench-adaptation  run what is missing of the adaptation study (-quick: one row of it again)"
 	@echo "make docs    build the documentation into site/"
 	@echo "make clean   remove build products and caches; keeps $(VENV) and .cache/"
 
@@ -55,6 +56,12 @@ format: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-adaptation: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.adaptation $(ARGS)
+
+bench-adaptation-quick: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.adaptation --quick $(ARGS)
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/python docs/generate_cli.py

@@ -33,7 +33,7 @@ TASKS = {
     "negation": "linguistic_mappings/sentence_negation_json",
     "pig-latin": "language_games/pig_latin_encode",
 }
-VALIDATION, TEST = 160, 300
+VALIDATION, TEST = 80, 200
 
 
 class Answering(nn.Module):

@@ -8,7 +8,7 @@ import json
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -118,24 +118,29 @@ def _stored(subject: Subject, model: Any, bank: Path | None) -> dict[str, int]:
 
 
 def run_all(runs: Sequence[Run], *, workers: int, told: Callable[[str], None]) -> int:
-    """Execute what has no line yet, ``workers`` at a time, and write each line as it comes; how many there were."""
+    """Execute what has no line yet and write each line as it comes; how many there were."""
     have = {part: load_results(part) for part in {run.part for run in runs}}
     wanted = list({run.key: run for run in runs if run.key not in have[run.part]}.values())
     told(f"{len(runs)} runs, {len(wanted)} to do")
     start = time.perf_counter()
+    for i, (run, result) in enumerate(executed(wanted, workers=workers, told=told), 1):
+        append({"key": run.key, **asdict(run), "result": rounded(result), "about": about()})
+        told(
+            f"{i}/{len(wanted)} {time.perf_counter() - start:.0f} s: {run.part} {run.task} {run.method.name} "
+            f"lr {run.method.lr:g} seed {run.seed}: {result['accuracy']:.3f}, "
+            f"validation {result['validation'][-1][1]:.3f}, {result['cpu_seconds']:.0f} CPU s"
+        )
+    return len(wanted)
+
+
+def executed(runs: Sequence[Run], *, workers: int, told: Callable[[str], None]) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """Every run with its result as it comes, ``workers`` at a time."""
     # spawn: torch's thread pool doesn't survive a fork
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start) as pool:
-        _prepare(wanted, pool, told)
-        futures = {pool.submit(execute, run): run for run in wanted}
-        for i, future in enumerate(as_completed(futures), 1):
-            run, result = futures[future], future.result()
-            append({"key": run.key, **asdict(run), "result": rounded(result), "about": about()})
-            told(
-                f"{i}/{len(wanted)} {time.perf_counter() - start:.0f} s: {run.part} {run.task} {run.method.name} "
-                f"lr {run.method.lr:g} seed {run.seed}: {result['accuracy']:.3f}, "
-                f"validation {result['validation'][-1][1]:.3f}, {result['cpu_seconds']:.0f} CPU s"
-            )
-    return len(wanted)
+        _prepare(runs, pool, told)
+        futures = {pool.submit(execute, run): run for run in runs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
 
 
 def _prepare(wanted: Sequence[Run], pool: ProcessPoolExecutor, told: Callable[[str], None]) -> None:

@@ -41,7 +41,7 @@ VISION = Setting(
 )
 ANSWERS = ("question", "past-tense")
 LANGUAGE = Setting(
-    subject="language", sources=tuple(LANGUAGE_TASKS), choosing=ANSWERS, rates=("language-rates",), steps=40
+    subject="language", sources=tuple(LANGUAGE_TASKS), choosing=ANSWERS, rates=("language-rates",), steps=24
 )
 
 
