@@ -56,9 +56,10 @@ def augment(
 ) -> None:
     """Add the leading directions of the task's gradient to an untrained adapter's basis.
 
-    The head is fitted for a few steps first, since a random one has no gradient worth following. Then two passes over
-    the batches find the leading singular vectors of each layer's weight gradient, outside the basis (randomised SVD,
-    arXiv:0909.4061). They're stored with the adapter at a few bits; as a member of a bank they cost nothing.
+    The head is fitted for a few steps first, since a zero one has no gradient, and put back at the end. In between two
+    passes over the batches find the leading singular vectors of each layer's weight gradient, outside the basis
+    (randomised SVD, arXiv:0909.4061). They're stored with the adapter at a few bits; as a member of a bank they cost
+    nothing.
 
     Args:
         model: A PEFT model with an adapter that starts as the base model.
@@ -67,7 +68,7 @@ def augment(
         adapter_name: Which adapter.
         loss: Loss of a batch.
         bits: Of a stored value, 4 or 8.
-        head_steps: Steps of AdamW on the modules in ``modules_to_save``; the fitted head stays.
+        head_steps: Steps of AdamW on the modules in ``modules_to_save``, for the while of this call.
         head_lr: Their learning rate.
         most_batches: No more are read.
 
@@ -80,14 +81,14 @@ def augment(
         raise AdapterBankError("gradient directions go with train='coefficients', no means and no own components")
     held = _held(batches, most_batches)
     _check_room(layers, adapter_name, count)
-    _fit_head(model, adapter_name, held, loss, head_steps, head_lr)
     width = count + OVERSAMPLING
     seeded = torch.Generator().manual_seed(config.seed)
     tests = {n: torch.randn(x.in_features, width, generator=seeded) for n, x in layers.items()}
-    # first pass: the range of each gradient; second: the gradient on it
-    images = _accumulate(model, layers, held, loss, lambda name, g, x: g.T @ (x @ tests[name].to(x)))
-    ranges = {name: torch.linalg.qr(image)[0] for name, image in images.items()}
-    parts = _accumulate(model, layers, held, loss, lambda name, g, x: (g @ ranges[name].to(g)).T @ x)
+    with _fitted_head(model, adapter_name, held, loss, head_steps, head_lr):
+        # first pass: the range of each gradient; second: the gradient on it
+        images = _accumulate(model, layers, held, loss, lambda name, g, x: g.T @ (x @ tests[name].to(x)))
+        ranges = {name: torch.linalg.qr(image)[0] for name, image in images.items()}
+        parts = _accumulate(model, layers, held, loss, lambda name, g, x: (g @ ranges[name].to(g)).T @ x)
     for name, layer in layers.items():
         V, U = layer.basis(adapter_name)
         seen = parts[name]  # (width, d_in): the gradient is ranges @ seen
@@ -128,14 +129,14 @@ def nearest(
     """
     layers, held, bank = _ready(model, adapter_name), _held(batches, most_batches), as_bank(bank)
     names = module_names(model, adapter_name, bank)
-    _fit_head(model, adapter_name, held, loss, head_steps, head_lr)
     bases = {name: layer.basis(adapter_name) for name, layer in layers.items()}
 
     def core(name: str, g: Tensor, x: Tensor) -> Tensor:
         V, U = bases[name]
         return (g @ U.to(g)).T @ (x @ V.T.to(x))
 
-    gradients = _accumulate(model, layers, held, loss, core)
+    with _fitted_head(model, adapter_name, held, loss, head_steps, head_lr):
+        gradients = _accumulate(model, layers, held, loss, core)
     scores = {}
     for member in bank.names:
         adapter = bank.reconstruct(member)
@@ -217,11 +218,25 @@ def _accumulate(
     return sums
 
 
-def _fit_head(model: nn.Module, adapter_name: str, batches: list[Any], loss: Loss, steps: int, lr: float) -> None:
+@contextmanager
+def _fitted_head(
+    model: nn.Module, adapter_name: str, batches: list[Any], loss: Loss, steps: int, lr: float
+) -> Iterator[None]:
+    """The modules to save, fitted for a few steps; put back afterwards: they would know these batches by heart."""
     mine = f".modules_to_save.{adapter_name}."
     heads = [p for n, p in model.named_parameters() if mine in n and p.requires_grad]
-    if not heads or not steps:
-        return
+    before = [head.detach().clone() for head in heads]
+    try:
+        if heads:
+            _fit(model, heads, batches, loss, steps, lr)
+        yield
+    finally:
+        with torch.no_grad():
+            for head, value in zip(heads, before, strict=True):
+                head.copy_(value)
+
+
+def _fit(model: nn.Module, heads: list[nn.Parameter], batches: list[Any], loss: Loss, steps: int, lr: float) -> None:
     optimizer = torch.optim.AdamW(heads, lr=lr, weight_decay=0.0)
     with _evaluating(model):
         for step in range(steps):
