@@ -7,7 +7,7 @@ from benchmarks.adaptation.analysis import Paired, Part, reached
 from benchmarks.markdown import table
 
 LORA = "LoRA r=8"
-OURS = ("bank", "bank, mean start", "bank + gradient", "bank + gradient, mean start")
+OURS = ("bank", "bank, mean start", "bank + gradient", "bank + gradient, mean start", "gradient")
 TASKS = {
     "reuters-r8": "R8", "tweets": "tweets", "rotten-tomatoes": "rt", "spam": "spam", "intent": "intent",
     "fever": "fever",
