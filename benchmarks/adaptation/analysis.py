@@ -15,14 +15,41 @@ Cell = tuple[str, int]
 class Part:
     """The results of one part, by method and cell."""
 
-    def __init__(self, *names: str) -> None:
-        """Read the files of these parts; where two have the same cell of a method, the first one's counts."""
-        self.lines: list[Line] = [line for name in names for line in load_results(name).values()]
+    def __init__(self, lines: Sequence[Line]) -> None:
+        """Where two lines are of the same cell of a method, the first one counts."""
+        self.lines = lines
         self.cells: dict[str, dict[Cell, dict[str, Any]]] = {}
-        for line in self.lines:
+        for line in lines:
             cells = self.cells.setdefault(line["method"]["name"], {})
             cells.setdefault((line["task"], line["seed"]), line["result"])
-        self.lr = {line["method"]["name"]: line["method"]["lr"] for line in self.lines}
+        self.lr = {line["method"]["name"]: line["method"]["lr"] for line in lines}
+
+    @classmethod
+    def read(cls, *names: str) -> "Part":
+        """The files of these parts together."""
+        return cls([line for name in names for line in load_results(name).values()])
+
+    def at_best_rates(self) -> "Part":
+        """Of each method only the runs at the rate with the lowest mean final validation loss."""
+        losses: dict[tuple[str, float], list[float]] = {}
+        for line in self.lines:
+            key = line["method"]["name"], line["method"]["lr"]
+            losses.setdefault(key, []).append(line["result"]["validation"][-1][1])
+        best = {name: min((mean(v), lr) for (n, lr), v in losses.items() if n == name)[1] for name, _ in losses}
+        return Part([line for line in self.lines if line["method"]["lr"] == best[line["method"]["name"]]])
+
+    def on(self, tasks: Iterable[str]) -> "Part":
+        """The lines of some tasks."""
+        wanted = set(tasks)
+        return Part([line for line in self.lines if line["task"] in wanted])
+
+    def of_family(self, family: str) -> "Part":
+        """The lines of one family of source adapters, and those that take none."""
+        return Part([line for line in self.lines if (line["sources"] or {"family": family})["family"] == family])
+
+    def has(self, *methods: str) -> bool:
+        """Whether there are results of all these methods."""
+        return all(method in self.cells for method in methods)
 
     @property
     def tasks(self) -> list[str]:
@@ -32,6 +59,10 @@ class Part:
     def of(self, method: str, field: str) -> dict[Cell, Any]:
         """One field of a method's results."""
         return {cell: result[field] for cell, result in self.cells.get(method, {}).items() if field in result}
+
+    def final_loss(self, method: str) -> float:
+        """Mean final validation loss."""
+        return mean(points[-1][1] for points in self.of(method, "validation").values())
 
     def mean(self, method: str, field: str = "accuracy", task: str | None = None) -> float:
         """Mean over cells, of one task if named."""
@@ -48,6 +79,11 @@ class Part:
         """Method minus other over the cells that both have."""
         ours, theirs = self.of(method, field), self.of(other, field)
         return paired({cell: ours[cell] - theirs[cell] for cell in ours.keys() & theirs.keys()})
+
+    def loss_difference(self, method: str, other: str) -> "Paired":
+        """As :meth:`difference`, of the final validation losses."""
+        ours, theirs = self.of(method, "validation"), self.of(other, "validation")
+        return paired({cell: ours[cell][-1][1] - theirs[cell][-1][1] for cell in ours.keys() & theirs.keys()})
 
     def curve(self, method: str, task: str) -> list[tuple[float, float]]:
         """Share of the steps and validation loss, the mean over the seeds."""

@@ -1,17 +1,13 @@
 """``docs/benchmarks/adaptation.md`` from the committed results."""
 
-from collections.abc import Sequence
 from statistics import mean, median
 
-from benchmarks.adaptation.analysis import Paired, Part, reached
+from benchmarks.adaptation.analysis import Part, reached
+from benchmarks.adaptation.sections import LORA, TASKS, further_sections
+from benchmarks.adaptation.words import kilobytes, percent, signed, told
 from benchmarks.markdown import table
 
-LORA = "LoRA r=8"
 OURS = ("bank", "bank, mean start", "bank + gradient", "bank + gradient, mean start", "gradient")
-TASKS = {
-    "reuters-r8": "R8", "tweets": "tweets", "rotten-tomatoes": "rt", "spam": "spam", "intent": "intent",
-    "fever": "fever",
-}  # fmt: skip
 
 
 def page() -> list[str]:
@@ -23,9 +19,9 @@ def page() -> list[str]:
         "one seed, from a grid a factor of 3 apart that is widened where its edge was best. Nothing was chosen on a "
         "test part.",
     ]
-    main = Part("main")
-    if main.lines:
-        parts += [*_main(main), *_per_task(main), *_convergence(main)]
+    main = Part.read("main")
+    if main.has(LORA):
+        parts += [*_main(main), *_per_task(main), *_convergence(main), *further_sections(main)]
     return parts
 
 
@@ -47,12 +43,12 @@ def _main(main: Part) -> list[str]:
                 f"**{name}**" if name == best_variant(main) else name,
                 f"{main.mean(name):.3f}" + (f" ± {spread:.3f}" if spread is not None else ""),
                 "" if name == LORA else signed(main.difference(name, LORA)),
-                f"{final_loss(main, name):.3f}",
+                f"{main.final_loss(name):.3f}",
                 f"{main.mean(name, 'test_loss'):.3f}",
                 f"{main.mean(name, 'trained'):,.0f}",
                 kilobytes(main.mean(name, "stored_bytes")),
                 kilobytes(main.mean(name, "member_bytes")) if main.of(name, "member_bytes") else "",
-                f"{step_share(main, name):.2f}",
+                f"{_step_share(main, name):.2f}",
                 f"{main.lr[name]:.3g}",
             ]
         )
@@ -118,37 +114,7 @@ def _convergence(main: Part) -> list[str]:
     ]
 
 
-# --- words ------------------------------------------------------------------------------------------------------------
-
-
-def final_loss(part: Part, name: str) -> float:
-    """Mean final validation loss."""
-    return mean(points[-1][1] for points in part.of(name, "validation").values())
-
-
-def step_share(part: Part, name: str) -> float:
+def _step_share(part: Part, name: str) -> float:
     """CPU time of a step over LoRA's on the same task and seed, the median over cells."""
     ours, theirs = part.of(name, "step_seconds"), part.of(LORA, "step_seconds")
     return median(ours[cell] / theirs[cell] for cell in ours.keys() & theirs.keys())
-
-
-def signed(difference: Paired) -> str:
-    """``-.004 ± .003 (.005)``."""
-    return f"{difference.mean:+.3f} ± {difference.error:.3f} ({difference.error_over_tasks:.3f})"
-
-
-def percent(share: float | None) -> str:
-    """A share of the steps, or that it was never reached."""
-    return "never" if share is None else f"{100 * share:.0f} %"
-
-
-def told(shares: Sequence[float | None]) -> str:
-    """The median, counting what was never reached as more than all."""
-    value = median(2.0 if share is None else share for share in shares)
-    missed = sum(share is None for share in shares)
-    return percent(None if value >= 1.5 else value) + (f" ({missed} never)" if missed else "")
-
-
-def kilobytes(count: float) -> str:
-    """``12 kB``."""
-    return f"{count / 1e3:.0f} kB"

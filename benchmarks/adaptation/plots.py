@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.adaptation.analysis import Part
-from benchmarks.adaptation.page import LORA, OURS, TASKS, best_variant
+from benchmarks.adaptation.page import OURS, best_variant
+from benchmarks.adaptation.sections import LORA, TASKS
 from benchmarks.pictures import BANK, GRID, INK, MUTED
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def draw(folder: Path) -> None:
     import matplotlib
 
     matplotlib.rcParams["svg.hashsalt"] = "adapterbank"  # the same file from the same numbers
-    main = Part("main")
+    main = Part.read("main")
     if main.lines:
         folder.mkdir(parents=True, exist_ok=True)
         _convergence(main, folder / "adaptation-convergence.svg")

@@ -16,7 +16,7 @@ def rerun(*, workers: int, told: Callable[[str], None]) -> bool:
         workers: Processes of one thread each.
         told: Called with each line of the report.
     """
-    main = Part("main")
+    main = Part.read("main")
     name = best_variant(main)
     assert name in {method.name for method in MAIN}
     runs = [run for run in PARTS["main"]() if run.method.name == name and run.seed == SEEDS[0]]

@@ -34,9 +34,16 @@ def part(tmp_path, monkeypatch):
             for seed in (0, 1):
                 validation = [[0, 1.0, 0.5], [40, 0.8 - gain, 0.6], [80, 0.6 - gain, 0.7]]
                 result = {"accuracy": base + gain + 0.02 * seed, "validation": validation}
-                line = {"key": f"{method}{task}{seed}", "part": "p", "task": task, "seed": seed, "result": result}
+                line = {
+                    "key": f"{method}{task}{seed}",
+                    "part": "p",
+                    "task": task,
+                    "seed": seed,
+                    "result": result,
+                    "sources": None,
+                }
                 results.append({**line, "method": {"name": method, "lr": 1e-2}})
-    return Part("p")
+    return Part.read("p")
 
 
 def test_a_part_gives_means_spreads_and_differences(part):

@@ -1,0 +1,192 @@
+"""The page's further sections: what decides, and what was not in the papers."""
+
+from benchmarks.adaptation.analysis import Part
+from benchmarks.adaptation.words import kilobytes, signed
+from benchmarks.markdown import table
+
+LORA = "LoRA r=8"
+TASKS = {
+    "reuters-r8": "R8", "tweets": "tweets", "rotten-tomatoes": "rt", "spam": "spam", "intent": "intent",
+    "fever": "fever",
+}  # fmt: skip
+
+
+def further_sections(main: Part) -> list[str]:
+    """All that there are results for."""
+    return [
+        *_ablation(),
+        *_one_seed(main),
+        *_amounts(),
+        *_directions(),
+        *_banks(),
+        *_appendix(),
+        *_protocol(),
+        *_vision(),
+        *_language(),
+    ]
+
+
+def _ablation() -> list[str]:
+    part = Part.read("ablation")
+    foreign, related = part.on(TASKS), part.on(set(part.tasks) - set(TASKS))
+    if not related.has("bank + gradient", "random + gradient", "gradient"):
+        return []
+    rows = [
+        [
+            name, f"{part.mean(name, 'trained'):,.0f}", f"{foreign.mean(name):.3f}", f"{foreign.final_loss(name):.3f}",
+            f"{related.mean(name):.3f}", f"{related.final_loss(name):.3f}",
+        ]
+        for name in part.cells
+    ]  # fmt: skip
+    pairs = [("bank + gradient", "random + gradient"), ("bank + gradient", "gradient"), ("bank", "random")]
+    told = [
+        f"- {ours} minus {theirs}: foreign tasks {signed(foreign.difference(ours, theirs))} in accuracy, "
+        f"{signed(foreign.loss_difference(ours, theirs))} in validation loss; related tasks "
+        f"{signed(related.difference(ours, theirs))} and {signed(related.loss_difference(ours, theirs))}."
+        for ours, theirs in pairs
+    ]
+    header = ["", "trained", "foreign: accuracy", "validation loss", "related: accuracy", "validation loss"]
+    return [
+        "## What the bank itself adds",
+        "Foreign are the six tasks above, related are sources that were left out of the bank in turn "
+        f"({', '.join(related.tasks)}). 16 + 16 directions or 32 of one kind, three seeds.",
+        table(header, rows),
+        "\n".join(told),
+    ]
+
+
+def _one_seed(main: Part) -> list[str]:
+    part = Part.read("oneseed")
+    names = [name for name in part.cells if name in main.cells]
+    if not names:
+        return []
+    rows = [
+        [name, f"{main.mean(name):.3f}", f"{main.final_loss(name):.3f}", f"{part.mean(name):.3f}",
+         f"{part.final_loss(name):.3f}"]
+        for name in names
+    ]  # fmt: skip
+    header = ["", "private seeds: accuracy", "validation loss", "one seed: accuracy", "validation loss"]
+    return [
+        "## Source adapters that start from one seed",
+        "As the main table, from a bank of adapters that were all trained from one random start.",
+        table(header, rows),
+    ]
+
+
+def _amounts() -> list[str]:
+    parts = []
+    for name, title in (("few-data", "48 examples, 30 steps"), ("more-data", "2,000 examples, 250 steps")):
+        part = Part.read(name)
+        if not part.has(LORA):
+            continue
+        rows = [
+            [method, f"{part.mean(method):.3f}", "" if method == LORA else signed(part.difference(method, LORA)),
+             f"{part.final_loss(method):.3f}"]
+            for method in part.cells
+        ]  # fmt: skip
+        header = [title, "accuracy", "minus LoRA r=8 ± s.e.", "validation loss"]
+        parts += [f"{len(part.cells[LORA])} cells: {', '.join(part.tasks)}.", table(header, rows)]
+    return ["## Fewer and more examples", *parts] if parts else []
+
+
+def _directions() -> list[str]:
+    part, kinds = Part.read("directions"), ("bank", "random", "gradient")
+    counts = sorted({int(name.split("k=")[1]) for name in part.cells})
+    if not part.has(*(f"{kind}, k={k}" for kind in kinds for k in counts)) or not counts:
+        return []
+    rows = [
+        [
+            str(k), f"{part.mean(f'bank, k={k}', 'trained'):,.0f}",
+            *(f"{part.mean(f'{kind}, k={k}'):.3f}" for kind in kinds),
+            *(f"{part.final_loss(f'{kind}, k={k}'):.3f}" for kind in kinds),
+        ]
+        for k in counts
+    ]  # fmt: skip
+    header = ["k", "trained", *(f"{kind}: accuracy" for kind in kinds), *(f"{kind}: validation loss" for kind in kinds)]
+    return [
+        "## How many directions",
+        f"Mean over {', '.join(part.tasks)} and three seeds; rank 8, or k where that is less.",
+        table(header, rows),
+    ]
+
+
+def _banks() -> list[str]:
+    parts = []
+    for name, title in (("sources", "source adapters"), ("noise", "untrained among them")):
+        part = Part.read(name)
+        if part.lines:
+            rows = [[method, f"{part.mean(method):.3f}", f"{part.final_loss(method):.3f}"] for method in part.cells]
+            parts.append(table([title, "accuracy", "validation loss"], rows))
+    where = "16 directions of a bank of so many source adapters, and of one with so many untrained adapters among 13."
+    return ["## Which bank", where, *parts] if parts else []
+
+
+def _appendix() -> list[str]:
+    part = Part.read("rates", "appendix").at_best_rates()
+    rows = [
+        [
+            name, f"{part.mean(name):.3f}", f"{part.final_loss(name):.3f}", f"{part.mean(name, 'trained'):,.0f}",
+            kilobytes(part.mean(name, "stored_bytes")), f"{part.lr[name]:.3g}",
+        ]
+        for name in sorted(part.cells, key=part.final_loss)
+    ]  # fmt: skip
+    header = ["", "accuracy", "validation loss", "trained", "stored", "rate"]
+    return [
+        "## Everything that was tried",
+        f"One seed, {' and '.join(part.tasks)}, whose validation parts also chose the rates: a first look, in which "
+        "accuracies have a standard error of about .016. By validation loss.",
+        table(header, rows),
+    ]
+
+
+def _protocol() -> list[str]:
+    part = Part.read("protocol")
+    if not part.has("analytic", "zero-shot", LORA):
+        return []
+    families = [part.of_family(family) for family in ("private", "oneseed")]
+    rows = [[name, *(f"{family.mean(name):.3f}" for family in families)] for name in part.cells]
+    return [
+        "## The paper's protocol in small",
+        "Four sources in turn play the new task and are left out of the bank. *Analytic* projects the task's own LoRA "
+        "on what the others share (k = 32), *zero-shot* takes random coefficients and trains the head alone. The paper "
+        "does this with FLAN-T5-large and 53 adapters of LoRAHub (table 3), and reports zero-shot above the base model "
+        "and analytic as good as LoRA; here it is MiniLM with twelve adapters, and the base model is a trained head.",
+        table(["", "private seeds", "one seed"], rows),
+    ]
+
+
+def _vision() -> list[str]:
+    part = Part.read("vision")
+    if not part.has("head", "LoRA r=4"):
+        return []
+    return [
+        "## A vision model, classes left out in turn",
+        "A DINOv2-small-shaped ViT at 56 pixels on five pairs of CIFAR-10's classes, 160 examples, 40 steps, three "
+        "seeds; the bank holds the adapters of the other four. The paper's aligned setting (table 1) is ViT-B on "
+        "CIFAR-100, Food-101 and Flowers-102; on CIFAR-100 it reports 93.79 for LoRA r=4, 92.45 for r=1 and 94.8 for "
+        "K = 2.",
+        _compared(part, "LoRA r=4"),
+    ]
+
+
+def _language() -> list[str]:
+    part = Part.read("language")
+    if not part.has(LORA):
+        return []
+    return [
+        "## A language model, two generative tasks",
+        "SmolLM2-135M, query and value, 320 examples, 24 steps; the bank holds adapters of five other such tasks. "
+        "Accuracy is the share of answers that greedy decoding would give exactly.",
+        _compared(part, LORA),
+    ]
+
+
+def _compared(part: Part, reference: str) -> str:
+    rows = [
+        [
+            name, f"{part.mean(name):.3f}", "" if name == reference else signed(part.difference(name, reference)),
+            f"{part.final_loss(name):.3f}", f"{part.mean(name, 'trained'):,.0f}",
+        ]
+        for name in sorted(part.cells, key=lambda name: -part.mean(name))
+    ]  # fmt: skip
+    return table(["", "accuracy", f"minus {reference} ± s.e.", "validation loss", "trained"], rows)
