@@ -13,7 +13,7 @@ from adapterbank.tuner import load
 
 # PEFT 0.21 still asks transformers 5 for a name that it renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-SETTINGS = TrainSettings(task="colours", examples=40, test_examples=40, epochs=6, batch=8, lr=2e-2, r=2)
+SETTINGS = TrainSettings(task="colours", examples=40, test_examples=40, epochs=10, batch=8, lr=2e-2, r=2)
 
 
 @pytest.fixture
