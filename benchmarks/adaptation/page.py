@@ -47,7 +47,7 @@ def _main(main: Part) -> list[str]:
                 f"{main.mean(name, 'test_loss'):.3f}",
                 f"{main.mean(name, 'trained'):,.0f}",
                 kilobytes(main.mean(name, "stored_bytes")),
-                kilobytes(main.mean(name, "member_bytes")) if main.of(name, "member_bytes") else "",
+                _as_member(main, name),
                 f"{_step_share(main, name):.2f}",
                 f"{main.lr[name]:.3g}",
             ]
@@ -113,6 +113,12 @@ def _convergence(main: Part) -> list[str]:
         "![Validation loss by step](../pictures/adaptation-convergence.svg)",
         table(header, rows),
     ]
+
+
+def _as_member(main: Part, name: str) -> str:
+    # what takes no bank was measured in a part of its own
+    part = next((p for p in (main, Part.read("bytes")) if p.of(name, "member_bytes")), None)
+    return kilobytes(part.mean(name, "member_bytes")) if part else ""
 
 
 def _step_share(part: Part, name: str) -> float:

@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import load_file
 from transformers.utils import logging
 
+from adapterbank.adapters import LoraAdapter
 from adapterbank.bank import Bank
-from adapterbank.tuner import export_lora
+from adapterbank.tuner import EigenLoraConfig, export_lora
 from benchmarks.adaptation.analytic import projected
 from benchmarks.adaptation.methods import Method, build, is_head
 from benchmarks.adaptation.results import append, load_results
@@ -43,7 +44,7 @@ class Run:
     task: str
     method: Method
     sources: Recycled | None = None
-    """Adapters of the bank, for methods that take one."""
+    """Adapters of the bank, for methods that take one, or whose result is to join it."""
     seed: int = 0
     examples: int = 320
     steps: int = 80
@@ -86,7 +87,7 @@ def execute(run: Run) -> dict[str, Any]:
         # means of tenths of the run: single steps are noise
         "train_loss": [sum(part) / len(part) for part in _tenths(done.train_loss)],
         "trained": _trained(subject, model),
-        **_stored(subject, model, bank if run.method.kind == "bank" and run.method.fit == "product" else None),
+        **_stored(subject, model, bank if run.method.fit == "product" else None),
         "step_seconds": done.step_seconds,
         "build_seconds": build_seconds,
         "cpu_seconds": time.process_time() - start,
@@ -111,8 +112,10 @@ def _stored(subject: Subject, model: Any, bank: Path | None) -> dict[str, int]:
         tensors = load_file(Path(scratch) / "adapter_model.safetensors")
     found = {"stored_bytes": sum(t.nbytes for name, t in tensors.items() if not is_head(subject, name))}
     if bank is not None:
+        ours = isinstance(model.peft_config["default"], EigenLoraConfig)
+        lora = export_lora(model) if ours else LoraAdapter.from_peft(model)
         opened = Bank.load(bank)  # in memory only
-        (name,) = opened.add(export_lora(model, name="new-task"))
+        (name,) = opened.add({"new-task": lora})
         found["member_bytes"] = opened[name].bytes
     return found
 

@@ -131,11 +131,13 @@ def runs(
     family: str = "private",
     most_sources: int | None = None,
     noisy: int = 0,
+    joins: bool = False,
     **fields: Any,
 ) -> Iterator[Run]:
     """Every method on every task and seed; the seeds outside, so that a first look comes early.
 
-    A bank holds the adapters of every source but the task itself, or the first ``most_sources`` of them.
+    A bank holds the adapters of every source but the task itself, or the first ``most_sources`` of them; with ``joins``
+    the results of methods that take no bank are measured as its members too.
     """
     fields = {"examples": setting.examples, "steps": setting.steps, **fields}
     for seed in seeds:
@@ -143,7 +145,7 @@ def runs(
             kept = tuple(source for source in setting.sources if source != task)[:most_sources]
             for method in methods:
                 bank = Recycled(subject=setting.subject, family=family, tasks=kept, fit=method.fit, noisy=noisy)
-                sources = bank if method.needs_bank else None
+                sources = bank if method.needs_bank or joins else None
                 yield Run(
                     part=part, subject=setting.subject, task=task, method=method, sources=sources, seed=seed, **fields
                 )
@@ -231,6 +233,7 @@ MANY = tuple(task for task in HELD_OUT if task != "intent")
 PARTS: dict[str, Callable[[], Iterator[Run]]] = {
     "rates": lambda: rates("rates", TEXTS, (*MAIN, *ABLATION)),
     "main": lambda: runs("main", TEXTS, tuned(TEXTS, MAIN), HELD_OUT),
+    "bytes": lambda: runs("bytes", TEXTS, tuned(TEXTS, (LORA, lora(1, 4.5e-3))), HELD_OUT, seeds=SEEDS[:1], joins=True),
     "ablation": lambda: runs("ablation", TEXTS, tuned(TEXTS, ABLATION), (*HELD_OUT, *RELATED)),
     "oneseed": lambda: runs("oneseed", TEXTS, tuned(TEXTS, _from_banks(MAIN)), HELD_OUT, family="oneseed"),
     "appendix": lambda: rates("appendix", TEXTS, APPENDIX),
