@@ -27,7 +27,7 @@ def further_sections(main: Part) -> list[str]:
 
 
 def _ablation() -> list[str]:
-    part = Part.read("ablation")
+    part = Part.read("main", "ablation")
     foreign, related = part.on(TASKS), part.on(set(part.tasks) - set(TASKS))
     if not related.has("bank + gradient", "random + gradient", "gradient"):
         return []
@@ -36,7 +36,7 @@ def _ablation() -> list[str]:
             name, f"{part.mean(name, 'trained'):,.0f}", f"{foreign.mean(name):.3f}", f"{foreign.final_loss(name):.3f}",
             f"{related.mean(name):.3f}", f"{related.final_loss(name):.3f}",
         ]
-        for name in part.cells
+        for name in related.cells
     ]  # fmt: skip
     pairs = [("bank + gradient", "random + gradient"), ("bank + gradient", "gradient"), ("bank", "random")]
     told = [
