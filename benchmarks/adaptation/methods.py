@@ -14,8 +14,6 @@ from torch import nn
 from adapterbank.tuner import EigenLoraConfig, augment, init_lora, nearest, optimizer_groups, start_at
 from benchmarks.adaptation.subject import Batch, Split, Subject
 
-HEAD_LR = 3e-2
-"""Of every method's head: the rate that is best for the head alone."""
 BATCH = 16
 
 
@@ -29,6 +27,8 @@ class Method:
     of PEFT's configs."""
     lr: float
     """Of all but the head."""
+    head_lr: float = 1e-2
+    """Of three rates the one at which LoRA r=8 has the lowest validation loss; the head alone has its own, ``lr``."""
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of the method's config."""
     fit: str = "product"
@@ -58,7 +58,7 @@ def build(
         model = peft.get_peft_model(base, config)
         if method.start:
             init_lora(model, bank, **method.start)
-        return model, _groups(subject, model, method.lr)
+        return model, _groups(subject, model, method)
     model = peft.get_peft_model(base, EigenLoraConfig(bank=bank, **heads, **method.config))
     if method.gradient:
         batches = _batches(subject, split, seed)
@@ -67,7 +67,7 @@ def build(
         scores = nearest(model, _batches(subject, split, seed), bank)
         best = list(islice(scores, method.start["nearest"]))
         start_at(model, bank, dict.fromkeys(best, method.start["weight"] / len(best)))
-    return model, optimizer_groups(model, method.lr, head_lr=HEAD_LR)
+    return model, optimizer_groups(model, method.lr, head_lr=method.head_lr)
 
 
 def _batches(subject: Subject, split: Split, seed: int) -> list[Batch]:
@@ -81,11 +81,12 @@ def _head_alone(subject: Subject, base: nn.Module, lr: float) -> tuple[nn.Module
     return base, [{"params": [p for p in base.parameters() if p.requires_grad], "lr": lr}]
 
 
-def _groups(subject: Subject, model: nn.Module, lr: float) -> list[dict[str, Any]]:
+def _groups(subject: Subject, model: nn.Module, method: Method) -> list[dict[str, Any]]:
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     head = [p for name, p in trained if is_head(subject, name)]
     rest = [p for name, p in trained if not is_head(subject, name)]
-    return [{"params": rest, "lr": lr}, *([{"params": head, "lr": HEAD_LR}] if head else [])]
+    groups = [{"params": rest, "lr": method.lr}, {"params": head, "lr": method.head_lr}]
+    return [group for group in groups if group["params"]]
 
 
 def is_head(subject: Subject, name: str) -> bool:

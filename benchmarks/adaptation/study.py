@@ -207,6 +207,11 @@ def _from_banks(methods: Sequence[Method]) -> list[Method]:
     return [method for method in methods if method.needs_bank]
 
 
+def _head_rates() -> Iterator[Run]:
+    tried = [replace(LORA, lr=lr, head_lr=head) for head in HEAD_RATES for lr in grid(TEXTS, LORA)]
+    yield from runs("head-rate", TEXTS, tried, TEXTS.choosing, seeds=SEEDS[:1])
+
+
 def _ablation() -> Iterator[Run]:
     fresh = [method for method in ABLATION if method not in MAIN]  # the others' foreign tasks are in the main table
     yield from runs("ablation", TEXTS, tuned(TEXTS, fresh), HELD_OUT)
@@ -240,8 +245,11 @@ PROTOCOL = ("autos-motorcycles", "graphics-windows", "multiemo-medicine", "multi
 """Sources that play the new task."""
 MANY = tuple(task for task in HELD_OUT if task != "intent")
 """Tasks with 2,000 examples."""
+HEAD_RATES = (3.33e-3, 3e-2)
+"""Of the head, beside the one that is used: LoRA r=8 must like neither better."""
 PARTS: dict[str, Callable[[], Iterator[Run]]] = {
     "rates": lambda: rates("rates", TEXTS, (*MAIN, *ABLATION)),
+    "head-rate": _head_rates,
     "main": lambda: runs("main", TEXTS, tuned(TEXTS, MAIN), HELD_OUT),
     "bytes": lambda: runs("bytes", TEXTS, tuned(TEXTS, (LORA, lora(1, 4.5e-3))), HELD_OUT, seeds=SEEDS[:1], joins=True),
     "ablation": _ablation,
