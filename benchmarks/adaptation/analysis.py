@@ -22,7 +22,8 @@ class Part:
         for line in lines:
             cells = self.cells.setdefault(line["method"]["name"], {})
             cells.setdefault((line["task"], line["seed"]), line["result"])
-        self.lr = {line["method"]["name"]: line["method"]["lr"] for line in lines}
+        self.rates = {name: (lr, head_lr) for name, lr, head_lr in map(_rates_of, lines)}
+        """Of each method and of its head; in parts where they vary, the last."""
 
     @classmethod
     def read(cls, *names: str) -> "Part":
@@ -30,13 +31,16 @@ class Part:
         return cls([line for name in names for line in load_results(name).values()])
 
     def at_best_rates(self) -> "Part":
-        """Of each method only the runs at the rate with the lowest mean final validation loss."""
-        losses: dict[tuple[str, float], list[float]] = {}
+        """Of each method only the runs at the rates with the lowest mean final validation loss."""
+        losses: dict[tuple[str, float, float], list[float]] = {}
         for line in self.lines:
-            key = line["method"]["name"], line["method"]["lr"]
-            losses.setdefault(key, []).append(line["result"]["validation"][-1][1])
-        best = {name: min((mean(v), lr) for (n, lr), v in losses.items() if n == name)[1] for name, _ in losses}
-        return Part([line for line in self.lines if line["method"]["lr"] == best[line["method"]["name"]]])
+            losses.setdefault(_rates_of(line), []).append(line["result"]["validation"][-1][1])
+        most = max(map(len, losses.values()), default=0)  # rates that weren't tried on all tasks are no candidates
+        ranked = sorted((mean(found), key) for key, found in losses.items() if len(found) == most)
+        best: dict[str, tuple[str, float, float]] = {}
+        for _, key in ranked:
+            best.setdefault(key[0], key)
+        return Part([line for line in self.lines if _rates_of(line) == best.get(line["method"]["name"])])
 
     def on(self, tasks: Iterable[str]) -> "Part":
         """The lines of some tasks."""
@@ -98,6 +102,10 @@ class Part:
         """As :meth:`curve`, the mean over the tasks: they have equally many steps."""
         curves = [self.curve(method, task) for task in self.tasks]
         return [(points[0][0], mean(loss for _, loss in points)) for points in zip(*filter(None, curves), strict=True)]
+
+
+def _rates_of(line: Line) -> tuple[str, float, float]:
+    return line["method"]["name"], line["method"]["lr"], line["method"]["head_lr"]
 
 
 @dataclass(frozen=True)

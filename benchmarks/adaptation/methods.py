@@ -28,7 +28,7 @@ class Method:
     lr: float
     """Of all but the head."""
     head_lr: float = 1e-2
-    """Of three rates the one at which LoRA r=8 has the lowest validation loss; the head alone has its own, ``lr``."""
+    """Of the head beside the method; the head alone has ``lr``."""
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of the method's config."""
     fit: str = "product"

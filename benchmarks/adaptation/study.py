@@ -17,6 +17,8 @@ FACTOR = 3.0
 """Between two rates of a grid."""
 WIDEST = 3
 """Steps away from the middle of a grid at which widening ends."""
+Rates = tuple[float, float]
+"""Of a method and of its head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,7 @@ class Setting:
     """Parts that hold the runs which choose."""
     examples: int = 320
     steps: int = 80
+    has_head: bool = True
 
 
 TEXTS = Setting(subject="encoder", sources=SOURCES, choosing=("rotten-tomatoes", "intent"), rates=("rates", "appendix"))
@@ -41,8 +44,13 @@ VISION = Setting(
 )
 ANSWERS = ("question", "past-tense")
 LANGUAGE = Setting(
-    subject="language", sources=tuple(LANGUAGE_TASKS), choosing=ANSWERS, rates=("language-rates",), steps=24
-)
+    subject="language",
+    sources=tuple(LANGUAGE_TASKS),
+    choosing=ANSWERS,
+    rates=("language-rates",),
+    steps=24,
+    has_head=False,
+)  # fmt: skip
 
 
 # --- methods, each at the middle of its grid --------------------------------------------------------------------------
@@ -156,60 +164,62 @@ def runs(
 
 
 def rates(part: str, setting: Setting, methods: Sequence[Method]) -> Iterator[Run]:
-    """Three rates a method, and more beyond an edge that came out best."""
+    """The runs that choose a method's rates, as far as results tell which are needed."""
     for method in {method.name: method for method in methods}.values():
-        tried = [replace(method, lr=lr) for lr in grid(setting, method)]
+        tried = [replace(method, lr=lr, head_lr=head_lr) for lr, head_lr in grid(setting, method)]
         yield from runs(part, setting, tried, setting.choosing, seeds=SEEDS[:1])
 
 
-def grid(setting: Setting, method: Method) -> list[float]:
-    """Rates to try, as far as results tell."""
+def grid(setting: Setting, method: Method) -> list[Rates]:
+    """Pairs of the method's rate and its head's to try.
+
+    Three rates with the head's in the middle; then all neighbours of the best pair, a factor of 3 away in one rate or
+    the other, until the best has no untried neighbour.
+    """
     if method.config.get("train") == "head":
-        return [method.lr]  # nothing but the head is trained
+        return [_rates(method, 0, 0)]  # nothing but the head is trained
     losses = mean_losses(setting, method.name)
-    steps = [-1, 0, 1]
-    while all(_rate(method, step) in losses for step in steps):
-        best = min(steps, key=lambda step: losses[_rate(method, step)])
-        if best == steps[0] and best > -WIDEST:
-            steps.insert(0, best - 1)
-        elif best == steps[-1] and best < WIDEST:
-            steps.append(best + 1)
-        else:
+    places = [(-1, 0), (0, 0), (1, 0)]
+    while all(_rates(method, *place) in losses for place in places):
+        i, j = min(places, key=lambda place: losses[_rates(method, *place)])
+        around = [(i - 1, j), (i + 1, j)]
+        if method.kind != "head" and setting.has_head:
+            around += [(i, j - 1), (i, j + 1)]
+        fresh = [place for place in around if place not in places and max(map(abs, place)) <= WIDEST]
+        if not fresh:
             break
-    return [_rate(method, step) for step in steps]
+        places += fresh
+    return [_rates(method, *place) for place in places]
 
 
-def _rate(method: Method, step: int) -> float:
-    return float(f"{method.lr * FACTOR**step:.3g}")
+def _rates(method: Method, step: int, head_step: int) -> Rates:
+    return float(f"{method.lr * FACTOR**step:.3g}"), float(f"{method.head_lr * FACTOR**head_step:.3g}")
 
 
-def mean_losses(setting: Setting, name: str) -> dict[float, float]:
-    """Mean final validation loss of a method at each rate that was tried on all tasks that choose."""
-    found: dict[float, list[float]] = {}
+def mean_losses(setting: Setting, name: str) -> dict[Rates, float]:
+    """Mean final validation loss of a method at each pair of rates that was tried on all tasks that choose."""
+    found: dict[Rates, list[float]] = {}
     for line in (line for part in setting.rates for line in load_results(part).values()):
         if line["method"]["name"] == name:
-            found.setdefault(line["method"]["lr"], []).append(line["result"]["validation"][-1][1])
-    return {lr: sum(losses) / len(losses) for lr, losses in found.items() if len(losses) == len(setting.choosing)}
+            pair = line["method"]["lr"], line["method"]["head_lr"]
+            found.setdefault(pair, []).append(line["result"]["validation"][-1][1])
+    return {pair: sum(losses) / len(losses) for pair, losses in found.items() if len(losses) == len(setting.choosing)}
 
 
 def tuned(setting: Setting, methods: Sequence[Method], like: Method | None = None) -> list[Method]:
-    """The methods at their chosen rates, or at that of ``like``."""
+    """The methods at their chosen rates, or at those of ``like``."""
     found = []
     for method in methods:
         losses = mean_losses(setting, (like or method).name)
         if not losses:
             raise SystemExit(f"Error: no rate is chosen for {method.name!r}; run {setting.rates[0]!r} first")
-        found.append(replace(method, lr=min(losses, key=losses.__getitem__)))
+        lr, head_lr = min(losses, key=losses.__getitem__)
+        found.append(replace(method, lr=lr, head_lr=head_lr))
     return found
 
 
 def _from_banks(methods: Sequence[Method]) -> list[Method]:
     return [method for method in methods if method.needs_bank]
-
-
-def _head_rates() -> Iterator[Run]:
-    tried = [replace(LORA, lr=lr, head_lr=head) for head in HEAD_RATES for lr in grid(TEXTS, LORA)]
-    yield from runs("head-rate", TEXTS, tried, TEXTS.choosing, seeds=SEEDS[:1])
 
 
 def _ablation() -> Iterator[Run]:
@@ -245,11 +255,8 @@ PROTOCOL = ("autos-motorcycles", "graphics-windows", "multiemo-medicine", "multi
 """Sources that play the new task."""
 MANY = tuple(task for task in HELD_OUT if task != "intent")
 """Tasks with 2,000 examples."""
-HEAD_RATES = (3.33e-3, 3e-2)
-"""Of the head, beside the one that is used: LoRA r=8 must like neither better."""
 PARTS: dict[str, Callable[[], Iterator[Run]]] = {
     "rates": lambda: rates("rates", TEXTS, (*MAIN, *ABLATION)),
-    "head-rate": _head_rates,
     "main": lambda: runs("main", TEXTS, tuned(TEXTS, MAIN), HELD_OUT),
     "bytes": lambda: runs("bytes", TEXTS, tuned(TEXTS, (LORA, lora(1, 4.5e-3))), HELD_OUT, seeds=SEEDS[:1], joins=True),
     "ablation": _ablation,

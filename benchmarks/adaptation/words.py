@@ -26,3 +26,8 @@ def told(shares: Sequence[float | None]) -> str:
 def kilobytes(count: float) -> str:
     """``12 kB``."""
     return f"{count / 1e3:.0f} kB"
+
+
+def rates(lr: float, head_lr: float) -> str:
+    """``0.01, 0.003``."""
+    return f"{lr:.2g}, {head_lr:.2g}"

@@ -42,7 +42,7 @@ def part(tmp_path, monkeypatch):
                     "result": result,
                     "sources": None,
                 }
-                results.append({**line, "method": {"name": method, "lr": 1e-2}})
+                results.append({**line, "method": {"name": method, "lr": 1e-2, "head_lr": 1e-2}})
     return Part.read("p")
 
 
