@@ -86,5 +86,5 @@ def bigbench(task: str) -> Path:
                     place = Path(scratch) / "tasks" / f"{wanted[member.name].replace('/', '-')}.json"
                     place.parent.mkdir(exist_ok=True)
                     place.write_bytes(file.read())
-            (Path(scratch) / "tasks").replace(out)
+            place(Path(scratch) / "tasks", out)
     return out / f"{task.replace('/', '-')}.json"

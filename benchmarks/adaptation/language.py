@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
-from adapterbank.demo.assets import Asset, cache_dir, fetch
+from adapterbank.demo.assets import Asset, cache_dir, fetch, place
 from benchmarks.adaptation.assets import bigbench
 from benchmarks.adaptation.subject import Batch, Sample, Split, in_bfloat16
 
@@ -129,5 +129,5 @@ def _weights() -> Path:
         model.load_state_dict(loaded.state_dict())
         model.save_pretrained(made)
         AutoTokenizer.from_pretrained(scratch, gguf_file=GGUF).save_pretrained(made)
-        made.replace(out)
+        place(made, out)
     return out

@@ -62,10 +62,10 @@ def _main(main: Part) -> list[str]:
         "## Held-out tasks",
         f"MiniLM-L6, query and value, {cells} cells: {', '.join(main.tasks)}, seeds {seeds}; 320 examples, 80 steps of "
         "16, 400 test texts. The head is a linear layer on the mean of the tokens; all methods train it, and it is "
-        "left out of counts and bytes. In bold the best of ours by "
-        "validation accuracy. After the second ± stands the standard error of the paired difference over the cells, "
-        "and in brackets over the tasks alone.",
+        "left out of counts and bytes. In bold the best of ours by validation accuracy. After the second ± stands the "
+        "standard error of the paired difference over the cells, and in brackets over the tasks alone.",
         table(header, rows),
+        "![Accuracy by trained values](../pictures/adaptation-parameters.svg)",
         verdict(main),
     ]
 

@@ -66,7 +66,7 @@ def _parameters(main: Part, path: Path) -> None:
         x, y = main.mean(name, "trained"), main.mean(name)
         error = main.difference(name, LORA).error
         color = BANK if name in OURS else INK
-        axis.errorbar([x], [y], yerr=[error or None] if error else None, fmt="o", color=color, markersize=5, capsize=2)
+        axis.errorbar([x], [y], yerr=error or None, fmt="o", color=color, markersize=5, capsize=2)
         axis.annotate(name, (x, y), (7, 3), textcoords="offset points", color=color, fontsize=8.5)
     axis.set_xlabel("trained values beside the head", color=INK)
     axis.set_ylabel("mean accuracy; bars: s.e. of the difference to LoRA r=8", color=INK, fontsize=9)

@@ -6,7 +6,8 @@ from statistics import mean
 from benchmarks.adaptation.analysis import Part
 from benchmarks.adaptation.page import best_variant
 from benchmarks.adaptation.runs import executed
-from benchmarks.adaptation.study import MAIN, PARTS, SEEDS
+from benchmarks.adaptation.sections import LORA
+from benchmarks.adaptation.study import PARTS, SEEDS
 
 
 def rerun(*, workers: int, told: Callable[[str], None]) -> bool:
@@ -17,8 +18,9 @@ def rerun(*, workers: int, told: Callable[[str], None]) -> bool:
         told: Called with each line of the report.
     """
     main = Part.read("main")
+    if not main.has(LORA):
+        raise SystemExit("Error: there are no results of the main table to compare with; run the part 'main' first")
     name = best_variant(main)
-    assert name in {method.name for method in MAIN}
     runs = [run for run in PARTS["main"]() if run.method.name == name and run.seed == SEEDS[0]]
     committed, found = main.of(name, "accuracy"), {}
     for run, result in executed(runs, workers=workers, told=told):

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ import torch
 
 from adapterbank.adapters import LoraAdapter, LoraFactors
 from adapterbank.bank import Bank
-from adapterbank.demo.assets import cache_dir
+from adapterbank.demo.assets import cache_dir, place
 from benchmarks.adaptation.methods import Method, build
 from benchmarks.adaptation.subjects import SUBJECTS
 from benchmarks.adaptation.training import Recipe, evaluate, train
@@ -60,7 +59,7 @@ class Source:
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             peft_model.save_pretrained(Path(scratch) / self.task, save_embedding_layers=False)
             (Path(scratch) / self.task / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-            _place(Path(scratch) / self.task, folder)
+            place(Path(scratch) / self.task, folder)
         return folder
 
 
@@ -97,7 +96,7 @@ class Recycled:
         fitted = Bank.fit(adapters) if self.fit == "product" else Bank.fit(adapters, method="eigenlora", k=self.k)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             fitted.save(Path(scratch) / "bank")
-            _place(Path(scratch) / "bank", folder)
+            place(Path(scratch) / "bank", folder)
         return folder
 
 
@@ -117,11 +116,3 @@ def _untrained(adapters: Sequence[LoraAdapter], count: int) -> list[LoraAdapter]
 
 def _hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]
-
-
-def _place(made: Path, folder: Path) -> None:
-    try:
-        os.replace(made, folder)
-    except OSError:
-        if not folder.exists():  # another process was first: its result is the same
-            raise

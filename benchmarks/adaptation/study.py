@@ -9,6 +9,7 @@ from benchmarks.adaptation.methods import Method
 from benchmarks.adaptation.results import load_results
 from benchmarks.adaptation.runs import Run
 from benchmarks.adaptation.sources import Recycled, Source
+from benchmarks.adaptation.subjects import SUBJECTS
 from benchmarks.adaptation.texts import HELD_OUT, RELATED, SOURCES
 from benchmarks.adaptation.vision import SUBSETS
 
@@ -34,7 +35,6 @@ class Setting:
     """Parts that hold the runs which choose."""
     examples: int = 320
     steps: int = 80
-    has_head: bool = True
 
 
 TEXTS = Setting(subject="encoder", sources=SOURCES, choosing=("rotten-tomatoes", "intent"), rates=("rates", "appendix"))
@@ -44,13 +44,8 @@ VISION = Setting(
 )
 ANSWERS = ("question", "past-tense")
 LANGUAGE = Setting(
-    subject="language",
-    sources=tuple(LANGUAGE_TASKS),
-    choosing=ANSWERS,
-    rates=("language-rates",),
-    steps=24,
-    has_head=False,
-)  # fmt: skip
+    subject="language", sources=tuple(LANGUAGE_TASKS), choosing=ANSWERS, rates=("language-rates",), steps=24
+)
 
 
 # --- methods, each at the middle of its grid --------------------------------------------------------------------------
@@ -183,7 +178,7 @@ def grid(setting: Setting, method: Method) -> list[Rates]:
     while all(_rates(method, *place) in losses for place in places):
         i, j = min(places, key=lambda place: losses[_rates(method, *place)])
         around = [(i - 1, j), (i + 1, j)]
-        if method.kind != "head" and setting.has_head:
+        if method.kind != "head" and SUBJECTS[setting.subject].head:
             around += [(i, j - 1), (i, j + 1)]
         fresh = [place for place in around if place not in places and max(map(abs, place)) <= WIDEST]
         if not fresh:

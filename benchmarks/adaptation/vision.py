@@ -142,5 +142,5 @@ def _weights() -> Path:
         config.save_pretrained(made)
         # names as the hub's files have them: transformers renames them on loading
         save_file(state, made / "model.safetensors", metadata={"format": "pt"})
-        made.replace(out)
+        place(made, out)
     return out

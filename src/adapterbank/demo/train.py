@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import random
 import tempfile
 import time
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapterbank.demo.assets import MINILM, AssetError, cache_dir
+from adapterbank.demo.assets import MINILM, AssetError, cache_dir, place
 from adapterbank.demo.data import Example, Task, load_task
 from adapterbank.demo.models import MINILM_ID, load_classifier, load_tokenizer
 
@@ -122,11 +121,7 @@ def train_model(
             model.save_pretrained(folder, save_embedding_layers=False)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card, which names a folder on our disk
         (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-        try:
-            os.replace(folder, out)
-        except OSError:
-            if not out.exists():  # another process finished the same adapter first: it is the same one
-                raise
+        place(folder, out)
     return out
 
 
