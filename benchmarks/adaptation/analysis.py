@@ -51,6 +51,11 @@ class Part:
         """The lines of one family of source adapters, and those that take none."""
         return Part([line for line in self.lines if (line["sources"] or {"family": family})["family"] == family])
 
+    def as_seen_by(self, other: "Part") -> "Part":
+        """The lines of the tasks and seeds that the other has."""
+        cells = {(line["task"], line["seed"]) for line in other.lines}
+        return Part([line for line in self.lines if (line["task"], line["seed"]) in cells])
+
     def has(self, *methods: str) -> bool:
         """Whether there are results of all these methods."""
         return all(method in self.cells for method in methods)

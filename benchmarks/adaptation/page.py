@@ -49,12 +49,13 @@ def _main(main: Part) -> list[str]:
                 kilobytes(main.mean(name, "stored_bytes")),
                 _as_member(main, name),
                 f"{_step_share(main, name):.2f}",
+                f"{_steps_before(main, name):.0f}",
                 rates(*main.rates[name]),
             ]
         )
     header = [
         "", "accuracy ± over seeds", "minus LoRA r=8 ± s.e.", "validation loss", "test loss", "trained", "stored",
-        "as a member", "step, of LoRA's", "rate, head's",
+        "as a member", "step, of LoRA's", "before, in steps", "rate, head's",
     ]  # fmt: skip
     cells = len(main.cells[LORA])
     seeds = ", ".join(map(str, sorted({seed for _, seed in main.cells[LORA]})))
@@ -63,7 +64,9 @@ def _main(main: Part) -> list[str]:
         f"MiniLM-L6, query and value, {cells} cells: {', '.join(main.tasks)}, seeds {seeds}; 320 examples, 80 steps of "
         "16, 400 test texts. The head is a linear layer on the mean of the tokens; all methods train it, and it is "
         "left out of counts and bytes. In bold the best of ours by validation accuracy. After the second ± stands the "
-        "standard error of the paired difference over the cells, and in brackets over the tasks alone.",
+        "standard error of the paired difference over the cells, and in brackets over the tasks alone. *Before* is "
+        "what choosing directions costs before training beyond LoRA's own start, in its steps' CPU time. Memory in "
+        "training is measured [elsewhere](training.md).",
         table(header, rows),
         "![Accuracy by trained values](../pictures/adaptation-parameters.svg)",
         verdict(main),
@@ -119,6 +122,12 @@ def _as_member(main: Part, name: str) -> str:
     # what takes no bank was measured in a part of its own
     part = next((p for p in (main, Part.read("bytes")) if p.of(name, "member_bytes")), None)
     return kilobytes(part.mean(name, "member_bytes")) if part else ""
+
+
+def _steps_before(part: Part, name: str) -> float:
+    """CPU time of building the model beyond what LoRA takes, in LoRA's steps, the median over cells."""
+    ours, theirs, step = part.of(name, "build_seconds"), part.of(LORA, "build_seconds"), part.of(LORA, "step_seconds")
+    return median((ours[cell] - theirs[cell]) / step[cell] for cell in ours.keys() & theirs.keys())
 
 
 def _step_share(part: Part, name: str) -> float:

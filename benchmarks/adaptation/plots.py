@@ -1,11 +1,12 @@
 """The study's pictures: loss by step, accuracy by trained values."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.adaptation.analysis import Part
 from benchmarks.adaptation.page import OURS, best_variant
-from benchmarks.adaptation.sections import LORA, TASKS
+from benchmarks.adaptation.sections import KINDS, LORA, TASKS
 from benchmarks.pictures import BANK, GRID, INK, MUTED
 
 if TYPE_CHECKING:
@@ -20,6 +21,13 @@ RIVALS = {
 }
 """Colour and dashes; told apart by dashes too, for readers who don't see the hues."""
 
+BASES = {
+    "directions": "directions a side",
+    "sources": "source adapters",
+    "noise": "untrained adapters beside 13 trained",
+}
+"""Parts that vary the basis, with the names of what they vary."""
+
 
 def draw(folder: Path) -> None:
     """Write every picture that there are results for."""
@@ -31,6 +39,8 @@ def draw(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         _convergence(main, folder / "adaptation-convergence.svg")
         _parameters(main, folder / "adaptation-parameters.svg")
+    if all(Part.read(name).lines for name in BASES):
+        _bases(folder / "adaptation-basis.svg")
 
 
 def _convergence(main: Part, path: Path) -> None:
@@ -71,6 +81,29 @@ def _parameters(main: Part, path: Path) -> None:
     axis.set_xlabel("trained values beside the head", color=INK)
     axis.set_ylabel("mean accuracy; bars: s.e. of the difference to LoRA r=8", color=INK, fontsize=9)
     figure.savefig(path, metadata={"Date": None})
+
+
+def _bases(path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes = dict(zip(BASES, figure.subplots(1, 3), strict=True))
+    for name, axis in axes.items():
+        _frame(axis)
+        axis.set_xlabel(BASES[name], color=INK, fontsize=9)
+        part = Part.read(name)
+        for kind in KINDS if name == "directions" else KINDS[:1]:
+            found = {_count(method): part.final_loss(method) for method in part.cells if method.startswith(kind)}
+            color, dashes = RIVALS.get(kind, (BANK, "-"))
+            axis.plot(*zip(*sorted(found.items()), strict=True), "o", color=color, linestyle=dashes, label=kind)
+    axes["directions"].set_ylabel("validation loss", color=INK, fontsize=9)
+    axes["directions"].legend(frameon=False, fontsize=9)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _count(method: str) -> int:
+    """The number in a method's name: ``bank, k=16``, ``bank of 8``, ``bank with 4 untrained``."""
+    return int(re.findall(r"\d+", method)[0])
 
 
 def _frame(axis: "Axes") -> None:

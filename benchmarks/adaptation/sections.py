@@ -9,6 +9,8 @@ TASKS = {
     "reuters-r8": "R8", "tweets": "tweets", "rotten-tomatoes": "rt", "spam": "spam", "intent": "intent",
     "fever": "fever",
 }  # fmt: skip
+KINDS = ("bank", "random", "gradient")
+"""Of directions."""
 HEAD_RATES = (1.11e-3, 3.33e-3, 1e-2, 3e-2)
 
 
@@ -58,6 +60,7 @@ def _ablation() -> list[str]:
 
 def _one_seed(main: Part) -> list[str]:
     part = Part.read("oneseed")
+    main = main.as_seen_by(part)
     names = [name for name in part.cells if name in main.cells]
     if not names:
         return []
@@ -69,7 +72,8 @@ def _one_seed(main: Part) -> list[str]:
     header = ["", "private seeds: accuracy", "validation loss", "one seed: accuracy", "validation loss"]
     return [
         "## Source adapters that start from one seed",
-        "As the main table, from a bank of adapters that were all trained from one random start.",
+        f"As the main table, {len(part.tasks)} tasks and one seed; these source adapters were all trained from one "
+        "random start.",
         table(header, rows),
     ]
 
@@ -91,22 +95,23 @@ def _amounts() -> list[str]:
 
 
 def _directions() -> list[str]:
-    part, kinds = Part.read("directions"), ("bank", "random", "gradient")
+    part = Part.read("directions")
     counts = sorted({int(name.split("k=")[1]) for name in part.cells})
-    if not part.has(*(f"{kind}, k={k}" for kind in kinds for k in counts)) or not counts:
+    if not part.has(*(f"{kind}, k={k}" for kind in KINDS for k in counts)) or not counts:
         return []
     rows = [
         [
             str(k), f"{part.mean(f'bank, k={k}', 'trained'):,.0f}",
-            *(f"{part.mean(f'{kind}, k={k}'):.3f}" for kind in kinds),
-            *(f"{part.final_loss(f'{kind}, k={k}'):.3f}" for kind in kinds),
+            *(f"{part.mean(f'{kind}, k={k}'):.3f}" for kind in KINDS),
+            *(f"{part.final_loss(f'{kind}, k={k}'):.3f}" for kind in KINDS),
         ]
         for k in counts
     ]  # fmt: skip
-    header = ["k", "trained", *(f"{kind}: accuracy" for kind in kinds), *(f"{kind}: validation loss" for kind in kinds)]
+    header = ["k", "trained", *(f"{kind}: accuracy" for kind in KINDS), *(f"{kind}: validation loss" for kind in KINDS)]
     return [
         "## How many directions",
-        f"Mean over {', '.join(part.tasks)} and three seeds; rank 8, or k where that is less.",
+        f"Mean over {', '.join(part.tasks)}, one seed; rank 8, or k where that is less.",
+        "![Validation loss by directions, source adapters, untrained ones](../pictures/adaptation-basis.svg)",
         table(header, rows),
     ]
 

@@ -14,8 +14,10 @@ from benchmarks.adaptation.texts import HELD_OUT, RELATED, SOURCES
 from benchmarks.adaptation.vision import SUBSETS
 
 SEEDS = (0, 1, 2)
+FIRST = SEEDS[:1]
 FACTOR = 3.0
 """Between two rates of a grid."""
+COMMON_HEAD_RATE = 3.33e-3
 WIDEST = 3
 """Steps away from the middle of a grid at which widening ends."""
 Rates = tuple[float, float]
@@ -86,8 +88,13 @@ MAIN = (
     HEAD, LORA, lora(1, 4.5e-3), RANDOM, PAPER, PAPER_BASE, BANK, BANK_MEAN, MIXED, MIXED_MEAN, GRADIENT,
     FROM_BANK,
 )  # fmt: skip
-ADAPTED = (LORA, RANDOM, BANK, BANK_MEAN, MIXED)
+FEW = (HEAD, LORA, RANDOM, BANK_MEAN, GRADIENT, MIXED_MEAN, FROM_BANK)
+"""With 48 examples."""
+RECYCLING = (PAPER, PAPER_BASE, BANK, BANK_MEAN, MIXED_MEAN, FROM_BANK)
+"""What is compared between families of source adapters."""
 ABLATION = (MIXED, RANDOM_GRADIENT, GRADIENT, GRADIENT_16, BANK, RANDOM)
+ZERO_SHOT = replace(in_bank("zero-shot", train="head", start="random"), head_lr=3e-2)
+"""At the rate that the head alone wants."""
 APPENDIX = (
     PAPER_MEAN,
     Method(name="VeRA", kind="VeraConfig", lr=1e-2, config={"r": 256}),
@@ -109,20 +116,18 @@ APPENDIX = (
     in_bank("trained components", train="components"),
     in_bank("r=2 on bank 32 + random 96", r=2, random_directions=96),
     replace(BANK, name="bank, nearest 3", start={"nearest": 3, "weight": 1.0}),
-    in_bank("zero-shot inside", train="head", start="random"),
-    in_bank("zero-shot outside", train="head", start="random", k=0, random_directions=32),
+    replace(ZERO_SHOT, name="zero-shot inside"),
+    replace(ZERO_SHOT, name="zero-shot outside", config={**ZERO_SHOT.config, "k": 0, "random_directions": 32}),
 )
 """One seed, the two tasks that choose: their tables are the tests of the runs that chose their rates."""
-WITH_K = tuple(in_bank(f"bank, k={k}", k=k, r=min(8, k)) for k in (2, 4, 8, 16))
-AT_K = (
-    *WITH_K,
-    *(in_bank(f"random, k={k}", k=0, random_directions=k, r=min(8, k)) for k in (2, 4, 8, 16)),
-    *(in_bank(f"gradient, k={k}", k=0, gradient=k, r=min(8, k)) for k in (2, 4, 8, 16)),
-)
+COUNTS = (2, 4, 8, 16)
+"""Directions a side; the rank is never larger."""
+WITH_K = tuple(in_bank(f"bank, k={k}", k=k, r=min(8, k)) for k in COUNTS)
+RANDOM_K = tuple(in_bank(f"random, k={k}", k=0, random_directions=k, r=min(8, k)) for k in COUNTS)
+GRADIENT_K = tuple(in_bank(f"gradient, k={k}", k=0, gradient=k, r=min(8, k)) for k in COUNTS)
 IN_VISION = (HEAD, lora(4, 1.5e-3), lora(1, 4.5e-3), in_bank("random", k=0, random_directions=16), *WITH_K, MIXED_8)
 ANALYTIC = Method(name="analytic", kind="analytic", lr=0.0, config={"k": 32})
-ZERO_SHOT = in_bank("zero-shot", train="head", start="random")
-IN_LANGUAGE = (LORA, lora(1, 4.5e-3), RANDOM, BANK, BANK_MEAN, MIXED)
+IN_LANGUAGE = (LORA, lora(1, 4.5e-3), RANDOM, BANK_MEAN, GRADIENT, MIXED_MEAN)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -158,14 +163,14 @@ def runs(
                 )
 
 
-def rates(part: str, setting: Setting, methods: Sequence[Method]) -> Iterator[Run]:
-    """The runs that choose a method's rates, as far as results tell which are needed."""
+def rates(part: str, setting: Setting, methods: Sequence[Method], *, heads: bool = True) -> Iterator[Run]:
+    """The runs that choose a method's rates, or with ``heads=False`` only its own, as far as results tell which."""
     for method in {method.name: method for method in methods}.values():
-        tried = [replace(method, lr=lr, head_lr=head_lr) for lr, head_lr in grid(setting, method)]
-        yield from runs(part, setting, tried, setting.choosing, seeds=SEEDS[:1])
+        tried = [replace(method, lr=lr, head_lr=head_lr) for lr, head_lr in grid(setting, method, heads=heads)]
+        yield from runs(part, setting, tried, setting.choosing, seeds=FIRST)
 
 
-def grid(setting: Setting, method: Method) -> list[Rates]:
+def grid(setting: Setting, method: Method, *, heads: bool = True) -> list[Rates]:
     """Pairs of the method's rate and its head's to try.
 
     Three rates with the head's in the middle; then all neighbours of the best pair, a factor of 3 away in one rate or
@@ -178,7 +183,7 @@ def grid(setting: Setting, method: Method) -> list[Rates]:
     while all(_rates(method, *place) in losses for place in places):
         i, j = min(places, key=lambda place: losses[_rates(method, *place)])
         around = [(i - 1, j), (i + 1, j)]
-        if method.kind != "head" and SUBJECTS[setting.subject].head:
+        if heads and method.kind != "head" and SUBJECTS[setting.subject].head:
             around += [(i, j - 1), (i, j + 1)]
         fresh = [place for place in around if place not in places and max(map(abs, place)) <= WIDEST]
         if not fresh:
@@ -213,8 +218,9 @@ def tuned(setting: Setting, methods: Sequence[Method], like: Method | None = Non
     return found
 
 
-def _from_banks(methods: Sequence[Method]) -> list[Method]:
-    return [method for method in methods if method.needs_bank]
+def _at_common_head_rate(methods: Sequence[Method]) -> list[Method]:
+    """At the rate of the head that the search found best beside most adapters, where they have none of their own."""
+    return [replace(m, head_lr=COMMON_HEAD_RATE) if m.head_lr == Method.head_lr else m for m in methods]
 
 
 def _ablation() -> Iterator[Run]:
@@ -223,10 +229,21 @@ def _ablation() -> Iterator[Run]:
     yield from runs("ablation", TEXTS, tuned(TEXTS, ABLATION), RELATED)
 
 
+def _directions() -> Iterator[Run]:
+    for methods, like in ((WITH_K, BANK), (RANDOM_K, RANDOM), (GRADIENT_K, GRADIENT)):
+        yield from runs("directions", TEXTS, tuned(TEXTS, methods, like=like), SCALED, seeds=FIRST)
+
+
 def _sources() -> Iterator[Run]:
     for count in (2, 4, 8, 12):
         method = tuned(TEXTS, [in_bank(f"bank of {count}", k=16)], like=BANK)
         yield from runs("sources", TEXTS, method, SCALED, most_sources=count)
+
+
+def _noise() -> Iterator[Run]:
+    for count in (0, 4, 12, 36):
+        method = tuned(TEXTS, [in_bank(f"bank with {count} untrained", k=16)], like=BANK)
+        yield from runs("noise", TEXTS, method, SCALED, noisy=count)
 
 
 def _protocol() -> Iterator[Run]:
@@ -238,12 +255,6 @@ def _protocol() -> Iterator[Run]:
         yield from runs("protocol", TEXTS, [ANALYTIC], PROTOCOL, steps=0, family=family, **like)
 
 
-def _noise() -> Iterator[Run]:
-    for count in (0, 4, 12, 36):
-        method = tuned(TEXTS, [in_bank(f"bank with {count} untrained", k=16)], like=BANK)
-        yield from runs("noise", TEXTS, method, SCALED, noisy=count)
-
-
 SCALED = ("rotten-tomatoes", "intent", "multiemo-hotels")
 """Tasks on which the bank itself is varied."""
 PROTOCOL = ("autos-motorcycles", "graphics-windows", "multiemo-medicine", "multiemo-reviews")
@@ -253,13 +264,13 @@ MANY = tuple(task for task in HELD_OUT if task != "intent")
 PARTS: dict[str, Callable[[], Iterator[Run]]] = {
     "rates": lambda: rates("rates", TEXTS, (*MAIN, *ABLATION)),
     "main": lambda: runs("main", TEXTS, tuned(TEXTS, MAIN), HELD_OUT),
-    "bytes": lambda: runs("bytes", TEXTS, tuned(TEXTS, (LORA, lora(1, 4.5e-3))), HELD_OUT, seeds=SEEDS[:1], joins=True),
+    "bytes": lambda: runs("bytes", TEXTS, tuned(TEXTS, (LORA, lora(1, 4.5e-3))), HELD_OUT, seeds=FIRST, joins=True),
     "ablation": _ablation,
-    "oneseed": lambda: runs("oneseed", TEXTS, tuned(TEXTS, _from_banks(MAIN)), HELD_OUT, family="oneseed"),
-    "appendix": lambda: rates("appendix", TEXTS, APPENDIX),
-    "directions": lambda: runs("directions", TEXTS, tuned(TEXTS, AT_K, like=BANK), SCALED),
+    "oneseed": lambda: runs("oneseed", TEXTS, tuned(TEXTS, RECYCLING), HELD_OUT, seeds=FIRST, family="oneseed"),
+    "appendix": lambda: rates("appendix", TEXTS, _at_common_head_rate(APPENDIX), heads=False),
+    "directions": _directions,
     "few-data": lambda: runs(
-        "few-data", TEXTS, tuned(TEXTS, (HEAD, *ADAPTED)), (*HELD_OUT, *RELATED), examples=48, steps=30
+        "few-data", TEXTS, tuned(TEXTS, FEW), (*HELD_OUT, *RELATED), seeds=FIRST, examples=48, steps=30
     ),
     "sources": _sources,
     "noise": _noise,
@@ -269,6 +280,6 @@ PARTS: dict[str, Callable[[], Iterator[Run]]] = {
     "language-rates": lambda: rates("language-rates", LANGUAGE, IN_LANGUAGE),
     "language": lambda: runs("language", LANGUAGE, tuned(LANGUAGE, IN_LANGUAGE), ANSWERS),
     "more-data": lambda: runs(
-        "more-data", TEXTS, tuned(TEXTS, (LORA, BANK_MEAN, MIXED_MEAN)), MANY, seeds=SEEDS[:1], examples=2000, steps=250
+        "more-data", TEXTS, tuned(TEXTS, (LORA, GRADIENT, MIXED_MEAN)), MANY, seeds=FIRST, examples=2000, steps=250
     ),
 }
