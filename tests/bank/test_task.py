@@ -1,6 +1,7 @@
 """Tasks that were trained in a bank join it; their directories are written by hand here, PEFT is not needed."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -21,11 +22,14 @@ STORED, DERIVED = 4, 12
 """Directions that the bank stores, and more than that (it stores 6)."""
 ways = pytest.mark.parametrize(
     "fields",
-    [{}, {"train": "core"}, {"train": "head", "lora_alpha": 6.0}, {"train": "core", "lora_alpha": 0.5}],
+    [
+        {}, {"train": "core"}, {"train": "head", "lora_alpha": 6.0}, {"train": "core", "lora_alpha": 0.5},
+        {"random_directions": 3}, {"train": "core", "random_directions": 2},
+    ],
     ids=str,
-)
+)  # fmt: skip
 PRIVATE = [
-    {"free_rank": 2}, {"random_directions": 3}, {"gradient_directions": 2},
+    {"free_rank": 2}, {"gradient_directions": 2},
     {"gradient_directions": 3, "gradient_bits": 8, "lora_alpha": 1.5}, {"train": "components"},
     {"train": "core", "random_directions": 2, "free_rank": 1},
 ]  # fmt: skip
@@ -96,11 +100,13 @@ def products(directory, basis):
     config = json.loads((directory / "adapter_config.json").read_text())
     scale, found = (config["lora_alpha"] or config["r"]) / config["r"], {}
     for name, part in basis.modules.items():
-        weights = {k.rpartition(".")[2]: v for k, v in tensors.items() if name in k}
+        weights, V, U = {k.rpartition(".")[2]: v for k, v in tensors.items() if name in k}, part.V, part.U
+        if config["random_directions"]:
+            V, U = beside_random(V, U, config["random_directions"], seed=config["seed"], module=name)
         if "eig_core" in weights:
-            found[name] = part.V, part.U @ (scale * weights["eig_core"])
+            found[name] = V, U @ (scale * weights["eig_core"])
         else:
-            A, B = weights["eig_coef_A"] @ part.V, part.U @ weights["eig_coef_B"]
+            A, B = weights["eig_coef_A"] @ V, U @ weights["eig_coef_B"]
             found[name] = A.reshape(-1, part.sizes[0]), scale * B.T.reshape(-1, part.sizes[1]).T
     return found
 
@@ -208,6 +214,67 @@ def test_members_that_come_later_leave_a_task_as_it_is(bank, later, tmp_path):
     same(bank.reconstruct("task"), expected)
     bank.add({"again": task})  # trained before those came
     same(bank.reconstruct("again"), expected)
+
+
+def test_a_task_without_directions_of_the_bank_joins_without_loss(bank, bank_dir, tmp_path):
+    task = make_task(tmp_path / "task", bank, k=0, random_directions=9)
+    bank.add(task)
+    bank.save(bank_dir)
+    same(Bank.load(bank_dir).reconstruct("task"), products(task, bank.basis(0)))
+
+
+# --- coded ------------------------------------------------------------------------------------------------------------
+
+
+@ways
+@pytest.mark.parametrize("max_error", [0.3, 0.03, 1e-4])
+def test_coefficients_are_coded_within_a_promised_error(bank, bank_dir, tmp_path, distance, fields, max_error):
+    task = make_task(tmp_path / "task", bank, head=True, **fields)
+    expected, exact = multiply_out(open_adapter(task), bank)
+    assert exact is not None
+    bank.add(task, max_error=max_error)
+    bank.add({"kept": task})
+    bank.save(bank_dir)
+    loaded = Bank.load(bank_dir)
+    restored = loaded.reconstruct("task")
+    assert loaded["task"].task.coded
+    assert loaded["task"].error <= max_error
+    assert distance(expected, restored) == pytest.approx(loaded["task"].error, rel=0.02, abs=2e-6)
+    assert dict(restored.modules) == dict(expected.modules)
+    assert torch.equal(restored.extra("score.weight"), expected.extra("score.weight"))
+    assert loaded["task"].bytes < loaded["kept"].bytes
+    if fields.get("train") != "core":  # a core of all directions as two factors is twice as large
+        bits = -math.log2(max_error) + 2
+        assert loaded["task"].bytes < bits / 32 * loaded["kept"].bytes + 200
+    assert loaded.verify({"task": task})["task"] == pytest.approx(loaded["task"].error, rel=0.02, abs=2e-6)
+
+
+def test_a_promise_holds_for_any_adapter_that_is_added(bank, later, tmp_path, distance):
+    bank.add([later[0], make_task(tmp_path / "task", bank, free_rank=1)], max_error=0.01)
+    assert bank["task"].task is None
+    assert 0 < bank["task"].error <= 0.01
+    assert distance(later[0], bank.reconstruct("later_0")) <= 0.01
+
+
+def test_a_promise_that_makes_no_sense_is_refused(bank, planted, later):
+    with pytest.raises(BankError, match=r"max_error must be a positive number, not -1\.0"):
+        bank.add(later[0], max_error=-1.0)
+    with pytest.raises(BankError, match=r"max_error=0\.1: this bank holds int16 values"):
+        Bank.fit(planted[:3], k=4).add(later[0], max_error=0.1)
+
+
+def test_a_coded_task_is_coded_again_before_a_member_that_it_stands_on_goes(bank, tmp_path, distance):
+    bank.add(make_task(tmp_path / "task", bank), max_error=0.05)
+    before = bank.reconstruct("task")
+    assert bank.remove("adapter_003") == ["task"]
+    assert distance(before, bank.reconstruct("task")) <= 2e-6
+
+
+def test_a_task_of_zeros_is_coded_too(bank, tmp_path):
+    task = make_task(tmp_path / "task", bank)
+    spoil(task, lambda tensors: [tensor.zero_() for tensor in tensors.values()])
+    bank.add(task, max_error=0.05)
+    assert all(not f.B.any() for f in (bank.reconstruct("task").factors(m) for m in bank.directions()))
 
 
 # --- with parts of its own --------------------------------------------------------------------------------------------
@@ -468,11 +535,28 @@ def test_every_damage_of_a_payload_is_an_error(bank, bank_dir, tmp_path, train):
     assert raised > 4
 
 
+def test_a_damaged_coded_task_is_an_error_or_another_finite_one(bank, bank_dir, tmp_path):
+    bank.add(make_task(tmp_path / "task", bank, k=STORED), max_error=0.1)
+    bank.save(bank_dir)
+    payload = load_file(bank_dir / store.member_file(bank["task"].sha256))["payload"]
+    raised = 0
+    for place in range(len(payload)):
+        changed = payload.clone()
+        changed[place] ^= 0x55
+        try:
+            with_member_file(bank, bank_dir, "task", changed).reconstruct("task")
+        except BankError:
+            raised += 1
+    assert raised > 4
+    with pytest.raises(BankError, match="member 'task': "):
+        with_member_file(bank, bank_dir, "task", payload[:3]).reconstruct("task")
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("members", 11), ("members", -1), ("members", True), ("k", 0), ("k", "3"), ("fingerprint", 3),
-        ("probe", "1"), ("other", 1),
+        ("members", 11), ("members", -1), ("members", True), ("k", -1), ("k", "3"), ("fingerprint", 3),
+        ("probe", "1"), ("other", 1), ("random", -1), ("random", "2"), ("seed", 0.5),
     ],
 )  # fmt: skip
 def test_an_impossible_task_in_the_index_is_refused(bank, bank_dir, tmp_path, field, value):
@@ -485,7 +569,22 @@ def test_an_impossible_task_in_the_index_is_refused(bank, bank_dir, tmp_path, fi
         Bank.load(bank_dir)
 
 
-@pytest.mark.parametrize("change", [{"fingerprint": "0" * 16}, {"probe": 1e5}, {"members": 9}, {"core": True}], ids=str)
+def test_a_coded_task_in_a_bank_of_plain_values_is_damage(planted, tmp_path):
+    bank = Bank.fit(planted[:4], k=4)
+    bank.add(make_task(tmp_path / "task", bank, k=None))
+    bank.save(tmp_path / "bank")
+    text = (tmp_path / "bank" / "bank.json").read_text()
+    (tmp_path / "bank" / "bank.json").write_text(text.replace('"probe":', '"coded":true,"probe":'))
+    with pytest.raises(BankError, match="task 'task' is coded in a bank of int16 values"):
+        Bank.load(tmp_path / "bank")
+
+
+TASK_CHANGES = [
+    {"fingerprint": "0" * 16}, {"probe": 1e5}, {"members": 9}, {"core": True}, {"random": 1}, {"random": 10**6},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", TASK_CHANGES, ids=str)
 def test_a_task_that_means_another_basis_than_the_bank_has_is_an_error(bank, bank_dir, tmp_path, change):
     bank.add(make_task(tmp_path / "task", bank))
     bank.save(bank_dir)

@@ -243,6 +243,11 @@ def test_add_codes_beside_the_others(run, object_of, family, bank):
     assert "again" in run("add", bank, f"again={family[3]}").stdout
 
 
+def test_add_keeps_a_promise_of_its_own(object_of, family, bank):
+    told = object_of("add", bank, f"new={family[3]}", "--max-error", "0.01")
+    assert told["added"][0]["error"] <= 0.01
+
+
 def test_add_refuses_a_name_that_is_taken(refused, family, bank):
     assert "NAME=PATH" in refused("add", bank, family[0])
     assert Bank.load(bank).names == [path.name for path in family[:3]]

@@ -84,7 +84,7 @@ class TaskConfig:
             r=r,
             train=train,
             scale=1.0 if alpha is None else float(alpha) / r,
-            k=field("k", (int,), 1),
+            k=field("k", (int,), 0),
             bank=field("bank", (str,)),
             bank_fingerprint=field("bank_fingerprint", (str,)),
             basis_probe=None if probe is None else float(probe),

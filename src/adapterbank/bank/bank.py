@@ -24,7 +24,7 @@ from adapterbank.bank.partial import PartialFit
 from adapterbank.bank.restoring import Basis, decode_bases, relative_error, restore
 from adapterbank.bank.settings import FitSettings, parse_bytes
 from adapterbank.bank.shared_basis import BankBasis, basis_members, shared_basis
-from adapterbank.bank.task import restore_task
+from adapterbank.bank.task import TaskCoefficients, restore_task
 from adapterbank.bank.writing import bank_bytes
 from adapterbank.errors import BankError, UnknownNameError
 from adapterbank.subspace.eigenlora import Mean
@@ -344,6 +344,7 @@ class Bank:
         self,
         adapters: Sources | Source,
         *,
+        max_error: float | None = None,
         base: str | None = None,
         skip_bad: bool = False,
         allow_pickle: bool = False,
@@ -351,11 +352,14 @@ class Bank:
     ) -> list[str]:
         """Code adapters on the basis there is, like the fit: at its slope, or keeping its promised error.
 
-        A task that was trained in this bank joins without loss where it is only coefficients on the bank's basis; with
-        anything of its own beside them (free pair, own components, more directions) it is coded like any adapter.
+        A task that was trained in this bank joins without loss, at 32 bits a coefficient, where it is only
+        coefficients on directions that the bank can derive; with ``max_error`` its coefficients are coded, in a
+        fraction of those bytes. With anything of its own beside them (free pair, own components, directions of its
+        gradient or of the base) a task is coded like any adapter.
 
         Args:
             adapters: One adapter or several, as in :meth:`fit`; also directories of tasks trained in this bank.
+            max_error: Promise of these adapters' relative errors instead of the bank's.
             base: As in :meth:`fit`.
             skip_bad: As in :meth:`fit`.
             allow_pickle: As in :meth:`fit`.
@@ -366,8 +370,13 @@ class Bank:
 
         Raises:
             AdapterError: If an adapter can't be used, has a module that the bank lacks, or its name is taken.
-            BankError: If a task was trained on another basis than this bank's.
+            BankError: If a task was trained on another basis than this bank's, or ``max_error`` can't be kept, as in
+                a bank of plain values.
         """
+        if max_error is not None:
+            FitSettings(max_error=max_error)
+            if self._index.coding != "predictive":
+                raise BankError(f"max_error={max_error:g}: this bank holds {self._index.coding} values; leave it out")
         opener = TaskOpener(self)
         family = self._beside(
             adapters, base=base, skip_bad=skip_bad, allow_pickle=allow_pickle, opener=opener, progress=progress
@@ -380,10 +389,12 @@ class Bank:
                 + "; use absorb, which fits again"
             )
         configs = MemberConfigs(self._index.configs)
-        code = self._coder(family, configs).code
+        # without a promise tasks are kept as they are, with one they're coded too
+        kept, coded_tasks = (opener.exact, {}) if max_error is None else ({}, opener.exact)
+        code = self._coder(family, configs, max_error=max_error, tasks=coded_tasks).code
         members = dict(self._index.members)
         for i, adapter in enumerate(family.adapters):
-            task = opener.exact.get(adapter)
+            task = kept.get(adapter)
             coded = code(i) if task is None else task_member(adapter, task, self._index.modules, configs)
             members[adapter.name] = self._stage(coded)
             if progress:
@@ -580,14 +591,21 @@ class Bank:
         family = Family(base=self._index.base, modules=modules, taken=frozenset(self.names))
         return open_family(_several(adapters), into=family, **options)
 
-    def _coder(self, family: Family, configs: MemberConfigs, max_error: float | None = None) -> MemberCoder:
+    def _coder(
+        self,
+        family: Family,
+        configs: MemberConfigs,
+        *,
+        max_error: float | None = None,
+        tasks: Mapping[LoraAdapter, TaskCoefficients] | None = None,
+    ) -> MemberCoder:
         bases: Any = self.bases
         settings = self._settings()
         if self._index.coding != "predictive":
             return PlainCoder(family, self._index.modules, configs, bases=bases, settings=settings)
         return PredictiveCoder(
             family, self._index.modules, configs, bases=bases, slope=self._index.slope,
-            max_error=max_error or settings.error,
+            max_error=max_error or settings.error, tasks=tasks,
         )  # fmt: skip
 
     def _find(self, name: str) -> Path:

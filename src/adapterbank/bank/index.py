@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from adapterbank.adapters import check_name
@@ -39,6 +39,12 @@ class TaskEntry:
     probe: float
     core: bool = False
     """One core of each module, not coefficients of A and B."""
+    random: int = 0
+    """Seeded random directions a side, after those of the bank."""
+    seed: int = 0
+    """Of the random directions."""
+    coded: bool = False
+    """Coded with an error, as ordinary members are; else 32 bits a coefficient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +72,7 @@ class MemberEntry:
     bound: bool = False
     """The error is a bound: the member was coded from an already coded one."""
     task: TaskEntry | None = None
-    """Set where the member is a trained task, stored as its own coefficients; none: an ordinary member."""
+    """Set where the member is a trained task, stored by its own coefficients; none: an ordinary member."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +148,8 @@ class BankIndex:
         for name, member in members.items():
             if member.task is not None and member.task.members > ordinary:
                 raise ValueError(f"task {name!r} needs {member.task.members} members before it, there are {ordinary}")
+            if member.task is not None and member.task.coded and data["coding"] != "predictive":
+                raise ValueError(f"task {name!r} is coded in a bank of {data['coding']} values")
             ordinary += member.task is None
         return cls(
             method=data["method"],
@@ -177,11 +185,14 @@ def _task(entry: Mapping[str, Any]) -> TaskEntry:
     if unknown := entry.keys() - {f.name for f in fields(TaskEntry)}:
         raise ValueError(f"a task has an unknown field {min(unknown)!r}")
     return TaskEntry(
-        k=None if entry["k"] is None else _natural(entry["k"], 1, WIDEST),
+        k=None if entry["k"] is None else _natural(entry["k"], 0, WIDEST),
         members=_natural(entry["members"]),
         fingerprint=_text(entry["fingerprint"]),
         probe=_number(entry["probe"]),
         core=bool(entry.get("core", False)),
+        random=_natural(entry.get("random", 0), 0, WIDEST),
+        seed=_natural(entry.get("seed", 0), -(2**63), 2**64),
+        coded=bool(entry.get("coded", False)),
     )
 
 
@@ -210,15 +221,19 @@ def _number(value: Any) -> float:
     return float(value)
 
 
+_DEFAULTS = {kind: {f.name: f.default for f in fields(kind)} for kind in (MemberEntry, TaskEntry)}
+
+
 def _sparse(entry: MemberEntry) -> dict[str, Any]:
-    data = asdict(entry)
-    if not data["bound"]:
-        del data["bound"]
-    if data["task"] is None:
-        del data["task"]
-    elif not data["task"]["core"]:
-        del data["task"]["core"]
+    """Without the fields that have their default."""
+    data = _without_defaults(entry)
+    if entry.task is not None:
+        data["task"] = _without_defaults(entry.task)
     return data
+
+
+def _without_defaults(entry: MemberEntry | TaskEntry) -> dict[str, Any]:
+    return {key: value for key, value in asdict(entry).items() if value != _DEFAULTS[type(entry)].get(key, MISSING)}
 
 
 def _compact(value: Any) -> str:

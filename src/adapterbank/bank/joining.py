@@ -26,7 +26,7 @@ class TaskOpener:
     def __init__(self, bank: "Bank") -> None:
         self.bank = bank
         self.exact: dict[LoraAdapter, TaskCoefficients] = {}
-        """Of the adapters that were opened, those that are only coefficients on the bank's own basis."""
+        """Of the adapters that were opened, those that are only coefficients on directions that the bank can derive."""
 
     def __call__(self, name: str | None, source: Source, *, allow_pickle: bool) -> LoraAdapter:
         """Open one adapter or task under ``name``, or its own.
@@ -77,9 +77,10 @@ def multiply_out(task: TrainedTask, bank: "Bank") -> tuple[LoraAdapter, TaskCoef
     if not exact or basis is None:
         return adapter, None
     probe = basis.probe if task.config.basis_probe is None else task.config.basis_probe
+    config = task.config
     entry = TaskEntry(
-        k=task.config.k, members=basis.members, fingerprint=basis.fingerprint, probe=probe,
-        core=task.config.train == "core",
+        k=config.k, members=basis.members, fingerprint=basis.fingerprint, probe=probe, core=config.train == "core",
+        random=config.random_directions, seed=config.seed if config.random_directions else 0,
     )  # fmt: skip
     rank = {name: shape.rank for name, shape in adapter.modules.items()}
     return adapter, TaskCoefficients(entry=entry, scale=task.config.scale, rank=rank, weights=weights)
@@ -131,10 +132,10 @@ def _basis_of(task: TrainedTask, bank: "Bank", where: str) -> BankBasis | None:
 
 
 def _is_private(task: TrainedTask) -> bool:
-    """Whether a task has anything that the bank's basis does not say."""
+    """Whether a task has anything that bank, seed and coefficients do not say."""
     c = task.config
     own = any("eig_V" in weights for weights in task.layers.values())
-    beside = c.random_directions or c.base_directions or c.gradient_directions
+    beside = c.base_directions or c.gradient_directions
     return bool(own or beside or c.free_rank or c.use_mean or c.train == "components")
 
 

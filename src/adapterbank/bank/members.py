@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from adapterbank.bank.coding import Pair, PlainBasis, Slot, encode_plain, encode
 from adapterbank.bank.family import Family
 from adapterbank.bank.index import MemberEntry, ModuleEntry, TaskEntry
 from adapterbank.bank.settings import FitSettings
-from adapterbank.bank.task import TaskCoefficients, encode_task
+from adapterbank.bank.task import TaskCoefficients, coordinates, encode_task
 from adapterbank.codec.predictive import ModuleBasis
 from adapterbank.errors import BankError
 from adapterbank.subspace.eigenlora import canonical
@@ -76,7 +77,7 @@ def as_member(
         values: Values of all its A and B.
         scales: The distinct scales of its modules.
         error: Relative error of its update.
-        task: Set for a trained task that is stored as its own coefficients.
+        task: Set for a trained task that is stored by its own coefficients.
     """
     bare, _ = store.serialise({"payload": payload})
     extras = {f"extra.{name}": adapter.extra(name).contiguous() for name in adapter.extra_names}
@@ -112,6 +113,9 @@ def task_member(
 class MemberCoder:
     """Turns the adapters of a family into members; the codings differ in ``payload`` alone."""
 
+    tasks: Mapping[LoraAdapter, TaskCoefficients] = MappingProxyType({})
+    """Those of the family that are coded in the coordinates of a task's basis."""
+
     def __init__(self, family: Family, modules: Sequence[ModuleEntry], configs: MemberConfigs) -> None:
         self.family, self.modules, self.configs = family, modules, configs
 
@@ -122,11 +126,12 @@ class MemberCoder:
             BankError: If its promised error can't be kept.
         """
         adapter = self.family.adapters[i]
-        scales = tuple(sorted(set(adapter.scales.values())))
+        task, scales = self.tasks.get(adapter), tuple(sorted(set(adapter.scales.values())))
         payload, squared_error = self.payload(i, [self._slot(i, m.name, scales) for m in self.modules])
         return as_member(
-            adapter, payload, self.configs, values=self.family.values(i), scales=scales,
-            error=float(f"{math.sqrt(squared_error):.6g}"),
+            adapter, payload, self.configs, values=self.family.values(i),
+            scales=scales if task is None else (task.scale,), error=float(f"{math.sqrt(squared_error):.6g}"),
+            task=None if task is None else replace(task.entry, core=False, coded=True),
         )  # fmt: skip
 
     def payload(self, i: int, slots: list[Slot]) -> tuple[Tensor, float]:
@@ -150,6 +155,7 @@ class PredictiveCoder(MemberCoder):
         bases: Decoded bases of the modules.
         slope: Weighted squared error that one bit is worth.
         max_error: The promise; none: the slope alone decides.
+        tasks: Adapters that are nothing but coefficients, to be coded as such.
     """
 
     def __init__(
@@ -161,9 +167,11 @@ class PredictiveCoder(MemberCoder):
         bases: Sequence[ModuleBasis],
         slope: float,
         max_error: float | None = None,
+        tasks: Mapping[LoraAdapter, TaskCoefficients] | None = None,
     ) -> None:
         super().__init__(family, modules, configs)
         self.bases, self.slope, self.max_error = bases, slope, max_error
+        self.tasks = tasks or {}
 
     def payload(self, i: int, slots: list[Slot]) -> tuple[Tensor, float]:
         """See ``MemberCoder.payload``."""
@@ -203,6 +211,9 @@ class PredictiveCoder(MemberCoder):
         return encode_predictive(slots, self._updates(i), self.family.weight(i), slope)
 
     def _updates(self, i: int) -> Iterator[tuple[ThinUpdate, ModuleBasis]]:
+        if (task := self.tasks.get(self.family.adapters[i])) is not None:
+            yield from coordinates(task, self.modules)
+            return
         present = self.family.adapters[i].modules
         for module, basis in zip(self.modules, self.bases, strict=True):
             if module.name in present:

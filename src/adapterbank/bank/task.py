@@ -1,26 +1,31 @@
-"""Tasks that were trained in the bank: what update their weights are, and members that keep the weights as they are.
+"""Tasks that were trained in the bank: what update their weights are, and members that hold nothing but coefficients.
 
-An ordinary member approximates an adapter at a price in bytes. A task that is nothing but coefficients on the bank's
-own basis is that small already: its float32 coefficients are stored, and come back to the bit.
+An ordinary member approximates an adapter in the coordinates of its layers. A task that is nothing but coefficients on
+a basis that the bank can derive needs only those: in 32 bits, where they come back to the bit, or coded as an update
+of a layer that is no wider than the basis. The basis is orthonormal, so the error is the same in both coordinates.
 """
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from adapterbank.adapters import LoraAdapter, LoraFactors
-from adapterbank.bank.coding import Pair, Slot, pack, read_slots, unpack, write_slots
-from adapterbank.bank.index import BankIndex, ModuleEntry, TaskEntry
+from adapterbank.bank.coding import Pair, Slot, decode_predictive, pack, read_slots, unpack, write_slots
+from adapterbank.bank.index import BankIndex, MemberEntry, ModuleEntry, TaskEntry
 from adapterbank.bank.shared_basis import BankBasis, SharedBasis
 from adapterbank.codec.entropy import Reader, Writer
 from adapterbank.codec.plain import PlainReader, PlainWriter
+from adapterbank.codec.predictive import ModuleBasis, SideBasis
 from adapterbank.codec.rows import unpack_rows
 from adapterbank.errors import BankError
 from adapterbank.subspace.completion import random_directions
+from adapterbank.subspace.updates import ThinUpdate, thin_svd
 
 # --- the update -------------------------------------------------------------------------------------------------------
 
@@ -92,13 +97,28 @@ def beside_random(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TaskCoefficients:
-    """All that a task is, beside its head: weights on the bank's own basis."""
+    """All that a task is, beside its head: weights on a basis that the bank can derive."""
 
     entry: TaskEntry
     scale: float
     rank: Mapping[str, int]
     """Rank of the update of each module, by its name in the bank."""
     weights: Mapping[str, Mapping[str, Tensor]]
+
+
+def directions_of(
+    task: TaskEntry, basis: SharedBasis, module: str
+) -> tuple[Float[Tensor, "k_in w_in"], Float[Tensor, "w_out k_out"]]:
+    """Basis of one module that a task's coefficients mean: the bank's, and the task's random directions after it.
+
+    Raises:
+        BankError: If there is no room for the random directions.
+    """
+    if not task.random:
+        return basis.V, basis.U
+    if basis.fold > 1:
+        raise BankError(f"{module}: a flat basis has no random directions beside it; restore the bank from a copy")
+    return beside_random(basis.V, basis.U, task.random, seed=task.seed, module=module)
 
 
 def encode_task(task: TaskCoefficients, modules: Sequence[ModuleEntry]) -> Tensor:
@@ -109,6 +129,18 @@ def encode_task(task: TaskCoefficients, modules: Sequence[ModuleEntry]) -> Tenso
         for name in _names(task.entry) if module.name in task.weights else ():
             body.matrix(task.weights[module.name][name])
     return pack(writer.finish(), body.finish())
+
+
+def coordinates(task: TaskCoefficients, modules: Sequence[ModuleEntry]) -> Iterator[tuple[ThinUpdate, ModuleBasis]]:
+    """What the predictive coder takes: each update in coordinates of the task's basis, where nothing predicts it."""
+    for module in modules:
+        if module.name not in task.weights:
+            continue
+        a, b = (task.weights[module.name].get(name) for name in ("eig_coef_A", "eig_coef_B"))
+        if a is None or b is None:
+            core = task.weights[module.name]["eig_core"]
+            a, b = torch.eye(core.shape[1]), core
+        yield thin_svd(a, b, task.scale), _unpredicted(int(a.shape[1]), int(b.shape[0]))
 
 
 def restore_task(index: BankIndex, basis: BankBasis, name: str, tensors: Mapping[str, Tensor]) -> LoraAdapter:
@@ -128,41 +160,84 @@ def restore_task(index: BankIndex, basis: BankBasis, name: str, tensors: Mapping
     if task is None or len(entry.scales) != 1:
         raise BankError(f"{where} is damaged: a task has one scale, not {len(entry.scales)}; restore it from a copy")
     basis.check(task.fingerprint, task.probe, where)
-    table, data = unpack(tensors["payload"])
+    read = _coded_factors if task.coded else _plain_factors
     try:
-        slots = read_slots(Reader(table), index.modules, entry.values)
+        pairs = read(tensors["payload"], entry, task, index.modules, basis)
     except BankError as error:
         raise BankError(f"{where}: {error}") from error
-    if any(slot.scale for slot in slots):
-        raise BankError(f"{where} is damaged: its table has a second scale, a task has one; restore it from a copy")
-    present = [(m, s.rank, basis.modules[m.name]) for m, s in zip(index.modules, slots, strict=True) if s.rank]
-    shapes = [_shapes(task, rank, of, f"{where}, {module.name}") for module, rank, of in present]
+    factors = {}
+    for module, (A, B) in pairs.items():
+        if not (A.isfinite().all() and B.isfinite().all()):
+            raise BankError(f"{where}, {module}: it holds values that are not finite; restore it from a copy")
+        factors[module] = LoraFactors(A=A, B=B, scale=1.0)
+    extras = {key.removeprefix("extra."): value for key, value in tensors.items() if key.startswith("extra.")}
+    return LoraAdapter.from_factors(name, factors, base=index.base, config=index.configs[entry.config], extras=extras)
+
+
+def _plain_factors(
+    payload: Tensor, entry: MemberEntry, task: TaskEntry, modules: Sequence[ModuleEntry], basis: BankBasis
+) -> dict[str, Pair]:
+    table, data = unpack(payload)
+    slots = read_slots(Reader(table), modules, entry.values)
+    present = _present(slots, modules)
+    shapes = [_shapes(task, rank, basis.modules[module.name], module.name) for module, rank in present]
     expected = sum(4 * rows * cols for pair in shapes for rows, cols in pair)
     if expected != data.size:
         raise BankError(
-            f"{where} is damaged: its coefficients take {data.size} bytes, its table says {expected}; restore it "
-            "from a copy"
+            f"it is damaged: its coefficients take {data.size} bytes, its table says {expected}; restore it from a copy"
         )
-    body, factors = PlainReader(data, 32), {}
-    for (module, _, of), pair in zip(present, shapes, strict=True):
+    body, found = PlainReader(data, 32), {}
+    for (module, _), pair in zip(present, shapes, strict=True):
         weights = {key: body.matrix(*shape) for key, shape in zip(_names(task), pair, strict=True)}
-        sizes = module.d_in, module.d_out
-        A, B = task_factors(weights, of.V, of.U, k=of.k, sizes=sizes, scale=entry.scales[0])
-        if not (A.isfinite().all() and B.isfinite().all()):
-            raise BankError(f"{where}, {module.name}: it holds values that are not finite; restore it from a copy")
-        factors[module.name] = LoraFactors(A=A, B=B, scale=1.0)
-    extras = {key.removeprefix("extra."): value for key, value in tensors.items() if key.startswith("extra.")}
-    return LoraAdapter.from_factors(name, factors, base=index.base, config=index.configs[entry.config], extras=extras)
+        V, U = directions_of(task, basis.modules[module.name], module.name)
+        k, sizes = (len(V), int(U.shape[1])), (module.d_in, module.d_out)
+        found[module.name] = task_factors(weights, V, U, k=k, sizes=sizes, scale=entry.scales[0])
+    return found
+
+
+def _coded_factors(
+    payload: Tensor, entry: MemberEntry, task: TaskEntry, modules: Sequence[ModuleEntry], basis: BankBasis
+) -> dict[str, Pair]:
+    flat = [_unpredicted(*_k_of(task, basis.modules[module.name])) for module in modules]
+    slots, pairs = decode_predictive(payload, flat, modules, entry.values)
+    found = {}
+    for (module, rank), (a, b) in zip(_present(slots, modules), pairs, strict=True):
+        V, U = directions_of(task, basis.modules[module.name], module.name)
+        # pairs that were not worth their bytes come back as zeros, so that shapes stay
+        missing = rank - len(a)
+        found[module.name] = pad(a @ V, (0, 0, 0, missing)), pad(U @ b, (0, missing))
+    return found
+
+
+def _present(slots: Sequence[Slot], modules: Sequence[ModuleEntry]) -> list[tuple[ModuleEntry, int]]:
+    """The modules that a task has, and their ranks."""
+    if any(slot.scale for slot in slots):
+        raise BankError("it is damaged: its table has a second scale, a task has one; restore it from a copy")
+    return [(module, slot.rank) for module, slot in zip(modules, slots, strict=True) if slot.rank]
+
+
+def _k_of(task: TaskEntry, basis: SharedBasis) -> tuple[int, int]:
+    """Directions ``(k_in, k_out)`` that the coefficients of one module are for."""
+    return basis.k[0] + task.random, basis.k[1] + task.random
+
+
+def _unpredicted(k_in: int, k_out: int) -> ModuleBasis:
+    """A module without shared directions, in coordinates of a task's basis."""
+    none = np.zeros(0, dtype=np.int64)
+    return ModuleBasis(
+        side_in=SideBasis(vectors=torch.zeros(0, k_in), profile=none),
+        side_out=SideBasis(vectors=torch.zeros(0, k_out), profile=none),
+    )
 
 
 def _names(task: TaskEntry) -> tuple[str, ...]:
     return ("eig_core",) if task.core else ("eig_coef_A", "eig_coef_B")
 
 
-def _shapes(task: TaskEntry, rank: int, basis: SharedBasis, where: str) -> list[tuple[int, int]]:
+def _shapes(task: TaskEntry, rank: int, basis: SharedBasis, module: str) -> list[tuple[int, int]]:
     """Shapes of the stored matrices of one module, in the order of ``_names``."""
-    k_in, k_out = basis.k
+    k_in, k_out = _k_of(task, basis)
     if rank % basis.fold or (task.core and rank != k_in):
-        raise BankError(f"{where}: it is damaged: rank {rank} on {k_in} directions of {basis.fold} rows")
+        raise BankError(f"{module}: it is damaged: rank {rank} on {k_in} directions of {basis.fold} rows")
     rows = rank // basis.fold
     return [(k_out, k_in)] if task.core else [(rows, k_in), (k_out, rows)]

@@ -107,6 +107,10 @@ def fit(
 def add(
     bank: BankPath,
     adapters: Adapters,
+    max_error: Annotated[
+        float | None,
+        typer.Option(metavar="E", help="Largest relative error of these updates instead of the bank's."),
+    ] = None,
     base: BaseId = None,
     skip_bad: SkipBad = False,
     allow_pickle: AllowPickle = False,
@@ -114,14 +118,17 @@ def add(
 ) -> None:
     """Add adapters to a bank, coded on the basis it has.
 
-    The basis learns nothing from them; absorb fits it again.
+    The basis learns nothing from them; absorb fits it again. Tasks that were trained in the bank keep their
+    coefficients exactly; with --max-error they are coded in a fraction of those bytes.
 
     Example: adapterbank add bank adapters/new
     """
     from adapterbank.bank import Bank
 
     with bars() as tell, Bank.edit(bank) as changed:
-        names = changed.add(adapters, base=base, skip_bad=skip_bad, allow_pickle=allow_pickle, progress=tell)
+        names = changed.add(
+            adapters, max_error=max_error, base=base, skip_bad=skip_bad, allow_pickle=allow_pickle, progress=tell
+        )
     if as_json:
         members = [member(changed, name) for name in names]
         print_json({"added": members, "bytes": changed.bytes, "refused": [asdict(r) for r in changed.refused]})

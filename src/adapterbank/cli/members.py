@@ -65,8 +65,8 @@ def print_members(bank: "Bank", title: str, names: Sequence[str] | None = None) 
 
 
 def error_text(entry: "MemberEntry") -> str:
-    """A member's error, marked where it is a bound; a task that is stored as its own coefficients has none."""
-    return "exact" if entry.task else f"{'≤ ' * entry.bound}{entry.error:.4f}"
+    """A member's error, marked where it is a bound; a task whose coefficients are kept as they are has none."""
+    return "exact" if entry.task and not entry.task.coded else f"{'≤ ' * entry.bound}{entry.error:.4f}"
 
 
 def _ratio(values: int, size: int) -> float:
