@@ -47,7 +47,6 @@ def _main(main: Part) -> list[str]:
                 f"{main.mean(name, 'test_loss'):.3f}",
                 f"{main.mean(name, 'trained'):,.0f}",
                 kilobytes(main.mean(name, "stored_bytes")),
-                _as_member(main, name),
                 f"{_step_share(main, name):.2f}",
                 f"{_steps_before(main, name):.0f}",
                 rates(*main.rates[name]),
@@ -55,7 +54,7 @@ def _main(main: Part) -> list[str]:
         )
     header = [
         "", "accuracy ± over seeds", "minus LoRA r=8 ± s.e.", "validation loss", "test loss", "trained", "stored",
-        "as a member", "step, of LoRA's", "before, in steps", "rate, head's",
+        "step, of LoRA's", "before, in steps", "rate, head's",
     ]  # fmt: skip
     cells = len(main.cells[LORA])
     seeds = ", ".join(map(str, sorted({seed for _, seed in main.cells[LORA]})))
@@ -116,12 +115,6 @@ def _convergence(main: Part) -> list[str]:
         "![Validation loss by step](../pictures/adaptation-convergence.svg)",
         table(header, rows),
     ]
-
-
-def _as_member(main: Part, name: str) -> str:
-    # what takes no bank was measured in a part of its own
-    part = next((p for p in (main, Part.read("bytes")) if p.of(name, "member_bytes")), None)
-    return kilobytes(part.mean(name, "member_bytes")) if part else ""
 
 
 def _steps_before(part: Part, name: str) -> float:

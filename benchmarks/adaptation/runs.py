@@ -19,10 +19,8 @@ import torch
 from safetensors.torch import load_file
 from transformers.utils import logging
 
-from adapterbank.adapters import LoraAdapter
-from adapterbank.bank import Bank
-from adapterbank.tuner import EigenLoraConfig, export_lora
 from benchmarks.adaptation.analytic import projected
+from benchmarks.adaptation.joining import joined
 from benchmarks.adaptation.methods import Method, build, is_head
 from benchmarks.adaptation.results import append, load_results
 from benchmarks.adaptation.sources import Recycled, Source
@@ -44,15 +42,20 @@ class Run:
     task: str
     method: Method
     sources: Recycled | None = None
-    """Adapters of the bank, for methods that take one, or whose result is to join it."""
+    """Adapters of the bank, for methods that take one, or whose result joins it."""
     seed: int = 0
     examples: int = 320
     steps: int = 80
+    join: tuple[float, ...] = ()
+    """Errors within which the result joins the bank, to be tested again."""
 
     @property
     def key(self) -> str:
         """Hash of all fields."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        fields = asdict(self)
+        if not self.join:
+            del fields["join"]  # the first lines know nothing of it
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _start() -> None:
@@ -87,7 +90,8 @@ def execute(run: Run) -> dict[str, Any]:
         # means of tenths of the run: single steps are noise
         "train_loss": [sum(part) / len(part) for part in _tenths(done.train_loss)],
         "trained": _trained(subject, model),
-        **_stored(subject, model, bank if run.method.fit == "product" else None),
+        "stored_bytes": _stored_bytes(subject, model),
+        **({"joined": joined(subject, split, model, bank, run.join)} if bank is not None and run.join else {}),
         "step_seconds": done.step_seconds,
         "build_seconds": build_seconds,
         "cpu_seconds": time.process_time() - start,
@@ -103,21 +107,14 @@ def _trained(subject: Subject, model: torch.nn.Module) -> int:
     return sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and not is_head(subject, n))
 
 
-def _stored(subject: Subject, model: Any, bank: Path | None) -> dict[str, int]:
-    """Bytes of the saved adapter without its head, and of the adapter as a member of its bank."""
+def _stored_bytes(subject: Subject, model: Any) -> int:
+    """Bytes of the saved adapter without its head."""
     if not hasattr(model, "peft_config"):
-        return {"stored_bytes": 0}
+        return 0
     with tempfile.TemporaryDirectory() as scratch:
         model.save_pretrained(scratch, save_embedding_layers=False)
         tensors = load_file(Path(scratch) / "adapter_model.safetensors")
-    found = {"stored_bytes": sum(t.nbytes for name, t in tensors.items() if not is_head(subject, name))}
-    if bank is not None:
-        ours = isinstance(model.peft_config["default"], EigenLoraConfig)
-        lora = export_lora(model) if ours else LoraAdapter.from_peft(model)
-        opened = Bank.load(bank)  # in memory only
-        (name,) = opened.add({"new-task": lora})
-        found["member_bytes"] = opened[name].bytes
-    return found
+    return sum(t.nbytes for name, t in tensors.items() if not is_head(subject, name))
 
 
 def run_all(runs: Sequence[Run], *, workers: int, told: Callable[[str], None]) -> int:

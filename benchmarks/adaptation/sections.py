@@ -1,5 +1,7 @@
 """The page's further sections: what decides, and what was not in the papers."""
 
+from statistics import mean
+
 from benchmarks.adaptation.analysis import Part
 from benchmarks.adaptation.words import kilobytes, rates, signed
 from benchmarks.markdown import table
@@ -17,6 +19,7 @@ HEAD_RATES = (1.11e-3, 3.33e-3, 1e-2, 3e-2)
 def further_sections(main: Part) -> list[str]:
     """All that there are results for."""
     return [
+        *_bytes(),
         *_ablation(),
         *_one_seed(main),
         *_amounts(),
@@ -26,6 +29,31 @@ def further_sections(main: Part) -> list[str]:
         *_protocol(),
         *_vision(),
         *_language(),
+    ]
+
+
+def _bytes() -> list[str]:
+    part = Part.read("bytes")
+    if not part.has(LORA):
+        return []
+    joined = {name: list(part.of(name, "joined").values()) for name in part.cells}
+    promises = [at["max_error"] for at in joined[LORA][0]]
+    rows = []
+    for name in sorted(joined, key=lambda name: mean(cell[0]["bytes"] for cell in joined[name])):
+        row = [name, kilobytes(part.mean(name, "stored_bytes")), f"{part.mean(name):.3f}"]
+        for i in range(len(promises)):
+            at = [cell[i] for cell in joined[name]]
+            row += [kilobytes(mean(x["bytes"] for x in at)), f"{mean(x['accuracy'] for x in at):.3f}"]
+        rows.append(row)
+    header = ["", "stored as trained", "accuracy"]
+    for promise in promises:
+        header += [f"as a member at error {promise:g}", "accuracy"]
+    return [
+        "## At equal bytes",
+        "What a task takes beside its head: as PEFT saves it, and as a member of the bank (`Bank.add`, `max_error`), "
+        f"with the accuracy of what comes back. {', '.join(part.tasks)}, one seed. A task whose directions the bank can "
+        "derive or draw again is only its coefficients; one with directions of its gradient is coded like any LoRA.",
+        table(header, rows),
     ]
 
 

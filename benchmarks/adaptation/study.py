@@ -90,6 +90,8 @@ MAIN = (
 )  # fmt: skip
 FEW = (HEAD, LORA, RANDOM, BANK_MEAN, GRADIENT, MIXED_MEAN, FROM_BANK)
 """With 48 examples."""
+JOINING = (LORA, lora(1, 4.5e-3), RANDOM, BANK_MEAN, GRADIENT, MIXED_MEAN, FROM_BANK)
+"""What is measured as a member of the bank."""
 RECYCLING = (PAPER, PAPER_BASE, BANK, BANK_MEAN, MIXED_MEAN, FROM_BANK)
 """What is compared between families of source adapters."""
 ABLATION = (MIXED, RANDOM_GRADIENT, GRADIENT, GRADIENT_16, BANK, RANDOM)
@@ -143,13 +145,11 @@ def runs(
     family: str = "private",
     most_sources: int | None = None,
     noisy: int = 0,
-    joins: bool = False,
     **fields: Any,
 ) -> Iterator[Run]:
     """Every method on every task and seed; the seeds outside, so that a first look comes early.
 
-    A bank holds the adapters of every source but the task itself, or the first ``most_sources`` of them; with ``joins``
-    the results of methods that take no bank are measured as its members too.
+    A bank holds the adapters of every source but the task itself, or the first ``most_sources`` of them.
     """
     fields = {"examples": setting.examples, "steps": setting.steps, **fields}
     for seed in seeds:
@@ -157,7 +157,7 @@ def runs(
             kept = tuple(source for source in setting.sources if source != task)[:most_sources]
             for method in methods:
                 bank = Recycled(subject=setting.subject, family=family, tasks=kept, fit=method.fit, noisy=noisy)
-                sources = bank if method.needs_bank or joins else None
+                sources = bank if method.needs_bank or fields.get("join") else None
                 yield Run(
                     part=part, subject=setting.subject, task=task, method=method, sources=sources, seed=seed, **fields
                 )
@@ -264,7 +264,7 @@ MANY = tuple(task for task in HELD_OUT if task != "intent")
 PARTS: dict[str, Callable[[], Iterator[Run]]] = {
     "rates": lambda: rates("rates", TEXTS, (*MAIN, *ABLATION)),
     "main": lambda: runs("main", TEXTS, tuned(TEXTS, MAIN), HELD_OUT),
-    "bytes": lambda: runs("bytes", TEXTS, tuned(TEXTS, (LORA, lora(1, 4.5e-3))), HELD_OUT, seeds=FIRST, joins=True),
+    "bytes": lambda: runs("bytes", TEXTS, tuned(TEXTS, JOINING), HELD_OUT, seeds=FIRST, join=(0.1, 0.3)),
     "ablation": _ablation,
     "oneseed": lambda: runs("oneseed", TEXTS, tuned(TEXTS, RECYCLING), HELD_OUT, seeds=FIRST, family="oneseed"),
     "appendix": lambda: rates("appendix", TEXTS, _at_common_head_rate(APPENDIX), heads=False),
