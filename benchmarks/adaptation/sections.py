@@ -52,7 +52,7 @@ def _bytes() -> list[str]:
         "## At equal bytes",
         "What a task takes beside its head: as PEFT saves it, and as a member of the bank (`Bank.add`, `max_error`), "
         f"with the accuracy of what comes back; {', '.join(part.tasks)}, one seed. A task whose directions the bank "
-        "can derive or draw again is only its coefficients; one with directions of its gradient is coded like any LoRA.",
+        "can derive or draw again is only coefficients; one with directions of its gradient is coded like a LoRA.",
         table(header, rows),
     ]
 
