@@ -1,16 +1,19 @@
-"""A second reader, written from ``docs/format.md`` alone: numpy and the standard library, nothing of ours."""
+"""A second reader, written from ``docs/format.md`` alone: numpy, the standard library, torch's random draw."""
 
 import bisect
 import hashlib
 import json
 import math
+import zlib
 from functools import cache
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load, save_file
 
 from adapterbank.bank import Bank
+from adapterbank.errors import BankError
 from families import make_family
 
 WRAP = (1 << 64) - 1
@@ -257,26 +260,34 @@ def shared_directions(directory, index):
     ]
 
 
-def orthonormal(rows, against):
+def with_random(S, count, seed):
+    """Torch has no part in reading but this draw."""
+    drawn, wanted = torch.Generator().manual_seed(seed), len(S) + count
+    while len(S) < wanted:
+        S = orthonormal(torch.randn(wanted - len(S), S.shape[1], generator=drawn).numpy().astype(float), S, least=1e-4)
+    return S
+
+
+def orthonormal(rows, against, least=0.1):
     kept = list(against)
     for row in rows:
         left = row.copy()
         for _ in range(2):
             for unit in kept:
                 left = left - (left @ unit) * unit
-        if np.linalg.norm(left) > 0.1 * np.linalg.norm(row):
+        if np.linalg.norm(left) > least * np.linalg.norm(row):
             kept.append(left / np.linalg.norm(left))
     return np.array(kept).reshape(-1, rows.shape[1])
 
 
 def task_basis(directory, index, task):
-    k, modules = task["k"] or 32, index["modules"]
+    k, modules = 32 if task["k"] is None else task["k"], index["modules"]
     ordinary = [name for name, member in index["members"].items() if "task" not in member][: task["members"]]
     shared = shared_directions(directory, index)
-    stored = [[(orthonormal(rows, [])[:k], more) for rows, more in sides] for sides in shared]
+    stored = [[(orthonormal(rows, [])[:k], more and k > 0) for rows, more in sides] for sides in shared]
     lacking = [more and len(rows) < min(k, rows.shape[1]) for sides in stored for rows, more in sides]
     used = [index["members"][name]["sha256"] for name in ordinary] if any(lacking) else []
-    recipe = json.dumps([index["basis"], k, used])
+    recipe = json.dumps([index["basis"], k, used] if k else ["", 0, modules])
     assert hashlib.sha256(recipe.encode()).hexdigest()[:16] == task["fingerprint"]
     members = []
     if any(lacking):
@@ -304,6 +315,7 @@ def task_basis(directory, index, task):
                 told = min(max(0, min(k, rows, d) - len(S)), int((values > 1e-10 * np.trace(M)).sum()))
                 found = vectors[:, ::-1][:, :told].T
                 S = orthonormal(found * np.sign(found[np.arange(len(found)), np.abs(found).argmax(1)])[:, None], S)
+            S = with_random(S, task.get("random", 0), zlib.crc32(f"{task.get('seed', 0)} {name}".encode()) + j)
             left, right = np.cos(2.399963 * np.arange(len(S)) + i), np.cos(1.7320508 * np.arange(d) + 2 * i + j)
             probe += left @ S @ right
             bases[-1].append(S)
@@ -334,14 +346,25 @@ def task_updates(table, body, index, member, bases):
     return updates
 
 
+def coded_updates(table, body, index, bases):
+    none = [((np.zeros((0, len(V))), None), (np.zeros((0, len(U_T))), None)) for V, U_T in bases]
+    whole = {name: basis for (name, _, _), basis in zip(index["modules"], bases, strict=True)}
+    narrow = {"modules": [(name, len(V), len(U_T)) for name, (V, U_T) in whole.items()]}
+    cores = predictive_updates(table, body, narrow, none)
+    return {name: whole[name][1].T @ core @ whole[name][0] for name, core in cores.items()}
+
+
 def updates_of(directory, name):
     index = json.loads((directory / "bank.json").read_text(encoding="utf-8"))
     assert index["format"] == 1
     member = index["members"][name]
     table, body, extras = read(directory, f"{member['sha256'][:16]}.safetensors", member["sha256"])
     if "task" in member:
+        bases = task_basis(directory, index, member["task"])
+        if member["task"].get("coded"):
+            return coded_updates(table, body, index, bases), extras
         assert member["error"] == 0
-        return task_updates(table, body, index, member, task_basis(directory, index, member["task"])), extras
+        return task_updates(table, body, index, member, bases), extras
     if index["coding"] == "predictive":
         return predictive_updates(table, body, index, predictive_bases(directory, index)), extras
     bits = {"int16": 16, "float32": 32}[index["coding"]]
@@ -381,26 +404,34 @@ def test_a_reader_written_from_the_document_sees_what_ours_sees(tmp_path, argume
         ({"max_error": 0.02}, 9, {"train": "core", "lora_alpha": 5}), ({"k": 5}, None, {}),
         ({"k": 5, "quantize": False}, 3, {"train": "core"}), ({"method": "eigenlora", "k": 4}, None, {}),
         ({"method": "flat", "k": 3}, None, {"r": 4, "lora_alpha": 1}),
+        ({"max_error": 0.1}, 4, {"random_directions": 3, "seed": 5}), ({"k": 5}, 0, {"random_directions": 4}),
+        ({"max_error": 0.02}, 0, {"train": "core", "random_directions": 6, "seed": -1}),
     ],
     ids=str,
 )  # fmt: skip
-def test_the_second_reader_sees_trained_tasks_too(tmp_path, arguments, k, config):
+@pytest.mark.parametrize("coded", [{}, {"max_error": 0.05}], ids=["kept", "coded"])
+def test_the_second_reader_sees_trained_tasks_too(tmp_path, arguments, k, config, coded):
     # more members than directions are derived from
     family = make_family(tmp_path / "family", n=23, rank=4, hidden=24, d_out=20, layers=2, shared_rank=5, seed=1)
     bank = Bank.fit(family, **arguments)
     basis, seeded, tensors = bank.basis(k), np.random.default_rng(0), {}
     config = {"peft_type": "EIGENLORAX", "r": 3, "k": k, "bank_fingerprint": basis.fingerprint} | config
     for name, part in basis.modules.items():
-        rows = config["r"] // part.fold
-        shapes = {"coef_A": (rows, part.k[0]), "coef_B": (part.k[1], rows)}
-        for weight, shape in ({"core": part.k[::-1]} if "train" in config else shapes).items():
+        rows, (k_in, k_out) = config["r"] // part.fold, (n + config.get("random_directions", 0) for n in part.k)
+        shapes = {"coef_A": (rows, k_in), "coef_B": (k_out, rows)}
+        for weight, shape in ({"core": (k_out, k_in)} if "train" in config else shapes).items():
             values = seeded.standard_normal(shape).astype(np.float32)
             tensors[f"base_model.model.{name}.eig_{weight}"] = values
     (tmp_path / "task").mkdir()
     save_file(tensors, tmp_path / "task" / "adapter_model.safetensors")
     config |= {"bank_members": basis.members, "basis_probe": basis.probe}
     (tmp_path / "task" / "adapter_config.json").write_text(json.dumps(config))
-    bank.add(tmp_path / "task")
+    if coded and bank.index.coding != "predictive":
+        with pytest.raises(BankError, match="leave it out"):
+            bank.add(tmp_path / "task", **coded)
+        return
+    bank.add(tmp_path / "task", **coded)
+    assert bank["task"].task.coded == bool(coded)
     bank.save(tmp_path / "bank")
     updates, _ = updates_of(tmp_path / "bank", "task")
     restored = bank.reconstruct("task")

@@ -26,7 +26,7 @@ def trained(model, inputs, directory, **fields):
     "fields",
     [
         {}, {"train": "core", "lora_alpha": 1.5}, {"lora_alpha": 6.0}, {"save_basis": True}, {"random_directions": 3},
-        {"k": 0, "random_directions": 5},
+        {"k": 0, "random_directions": 5}, {"save_basis": True, "random_directions": 2},
     ],
     ids=str,
 )  # fmt: skip

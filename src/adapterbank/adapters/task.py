@@ -1,6 +1,5 @@
 """A task that was trained in a bank, as its PEFT directory holds it: coefficients of each layer, and a task head."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,8 @@ WEIGHTS = {
     "eig_coef_A", "eig_coef_B", "eig_core", "eig_free_A", "eig_free_B", "eig_V", "eig_U", "eig_gradient_in",
     "eig_gradient_out",
 }  # fmt: skip
+LARGEST = 2**60
+"""Number in a config that is believed."""
 SAVED_BASIS = ("shared_V", "shared_U")
 PACKED = ("eig_gradient_in", "eig_gradient_out")
 TRAINED = ("coefficients", "core", "components", "head")
@@ -57,13 +58,12 @@ class TaskConfig:
             AdapterError: If a field is missing or impossible.
         """
 
-        def field(name: str, kinds: tuple[type, ...], least: int | None = None, default: Any = None) -> Any:
+        def field(name: str, kinds: tuple[type, ...], least: int = -LARGEST, default: Any = None) -> Any:
             value = config.get(name)
             if value is None:
                 return default
             # type, because bool is an int to Python
-            possible = type(value) in kinds and (type(value) is not float or math.isfinite(value))
-            if not possible or (least is not None and value < least):
+            if type(value) not in kinds or (type(value) in (int, float) and not least <= value <= LARGEST):
                 raise AdapterError(
                     f"{where}: {CONFIG_FILE} has {name}={ascii(value)[:40]}; the tuner never writes that"
                 )

@@ -19,19 +19,23 @@ from adapterbank.bank.family import Family, Progress, Refused, Source, named_sou
 from adapterbank.bank.fit import fit_bank
 from adapterbank.bank.index import BankIndex, MemberEntry
 from adapterbank.bank.joining import TaskOpener
-from adapterbank.bank.members import Coded, MemberCoder, MemberConfigs, PlainCoder, PredictiveCoder, task_member
+from adapterbank.bank.members import Coded, MemberCoder, MemberConfigs, PlainCoder, PredictiveCoder, TaskCoder
 from adapterbank.bank.partial import PartialFit
 from adapterbank.bank.restoring import Basis, decode_bases, relative_error, restore
-from adapterbank.bank.settings import FitSettings, parse_bytes
-from adapterbank.bank.shared_basis import BankBasis, basis_members, shared_basis
-from adapterbank.bank.task import TaskCoefficients, restore_task
+from adapterbank.bank.settings import FitSettings, check_positive, parse_bytes
+from adapterbank.bank.shared_basis import BankBasis, basis_members, shared_basis, with_random
+from adapterbank.bank.task import restore_task
 from adapterbank.bank.writing import bank_bytes
 from adapterbank.errors import BankError, UnknownNameError
 from adapterbank.subspace.eigenlora import Mean
 
 Sources = Mapping[str, Source] | Iterable[Source]
+KEPT_BASES = 4
+"""Derived bases that stay in memory."""
 RECODED_ERROR = 1e-6
 """Of a trained task that is coded as an ordinary member because its basis goes: about float32's own rounding."""
+RECODED_SHARE = 0.1
+"""What that may add to the error of a task that was coded before, as a share of it."""
 MOST_RECODED_ERROR = 1e-3
 """Plain banks can't choose the error; above this one a member that tasks need stays."""
 
@@ -274,7 +278,9 @@ class Bank:
         """Shared directions ``(k_in, k_out)`` of each module."""
         return {m.name: (b.side_in.k, b.side_out.k) for m, b in zip(self._index.modules, self.bases, strict=True)}
 
-    def basis(self, k: int | None = None, *, members: int | None = None) -> BankBasis:
+    def basis(
+        self, k: int | None = None, *, members: int | None = None, random_directions: int = 0, seed: int = 0
+    ) -> BankBasis:
         """An orthonormal basis of every module, to train in and to serve from.
 
         Where fewer directions are stored than wanted, the missing ones are derived from the members as the bank holds
@@ -285,16 +291,23 @@ class Bank:
                 where the bank kept fewer of its members than their ranks say, there are fewer.
             members: Derive from the first so many members only, as a basis from before later ones came. Trained
                 tasks don't count: no direction is derived from them.
+            random_directions: So many seeded random directions a side after the bank's.
+            seed: Of the random directions.
 
         Raises:
-            BankError: If the members' ranks, or the directions of a plain bank, can't make ``k``.
+            BankError: If the members' ranks, or the directions of a plain bank, can't make ``k``, or a layer has no
+                room for the random directions.
         """
         used = tuple(self._index.members[name].sha256 for name in basis_members(self)[:members])
-        key = (self._index.basis, k, members, used)
+        key = (self._index.basis, k, members, used, random_directions, seed)
         if key not in self._shared:
-            while len(self._shared) >= 4:
+            if random_directions:
+                made = with_random(self.basis(k, members=members), random_directions, seed)
+            else:
+                made = shared_basis(self, k, members=members)
+            while len(self._shared) >= KEPT_BASES:
                 del self._shared[next(iter(self._shared))]
-            self._shared[key] = shared_basis(self, k, members=members)
+            self._shared[key] = made
         return self._shared[key]
 
     # --- members back -----------------------------------------------------------------------------------------------
@@ -309,7 +322,9 @@ class Bank:
         entry = self[name]
         tensors = self._read(store.member_file(entry.sha256), entry.sha256)
         if entry.task is not None:
-            return restore_task(self._index, self.basis(entry.task.k, members=entry.task.members), name, tensors)
+            task = entry.task
+            basis = self.basis(task.k, members=task.members, random_directions=task.random, seed=task.seed)
+            return restore_task(self._index, basis, name, tensors)
         return restore(self._index, self.bases, name, tensors)
 
     def export(self, name: str, directory: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
@@ -354,12 +369,13 @@ class Bank:
 
         A task that was trained in this bank joins without loss, at 32 bits a coefficient, where it is only
         coefficients on directions that the bank can derive; with ``max_error`` its coefficients are coded, in a
-        fraction of those bytes. With anything of its own beside them (free pair, own components, directions of its
-        gradient or of the base) a task is coded like any adapter.
+        fraction of those bytes, where that is possible. With anything of its own beside them (free pair, own
+        components, directions of its gradient or of the base) a task is coded like any adapter.
 
         Args:
             adapters: One adapter or several, as in :meth:`fit`; also directories of tasks trained in this bank.
-            max_error: Promise of these adapters' relative errors instead of the bank's.
+            max_error: Promise of these adapters' relative errors instead of the bank's; it isn't remembered when the
+                bank is fitted again.
             base: As in :meth:`fit`.
             skip_bad: As in :meth:`fit`.
             allow_pickle: As in :meth:`fit`.
@@ -374,7 +390,7 @@ class Bank:
                 a bank of plain values.
         """
         if max_error is not None:
-            FitSettings(max_error=max_error)
+            check_positive("max_error", max_error)
             if self._index.coding != "predictive":
                 raise BankError(f"max_error={max_error:g}: this bank holds {self._index.coding} values; leave it out")
         opener = TaskOpener(self)
@@ -389,14 +405,14 @@ class Bank:
                 + "; use absorb, which fits again"
             )
         configs = MemberConfigs(self._index.configs)
-        # without a promise tasks are kept as they are, with one they're coded too
-        kept, coded_tasks = (opener.exact, {}) if max_error is None else ({}, opener.exact)
-        code = self._coder(family, configs, max_error=max_error, tasks=coded_tasks).code
+        ordinary = self._coder(family, configs, max_error)
+        tasks = TaskCoder(
+            family, self._index.modules, configs, slope=self._index.slope, max_error=max_error, tasks=opener.tasks
+        )
         members = dict(self._index.members)
         for i, adapter in enumerate(family.adapters):
-            task = kept.get(adapter)
-            coded = code(i) if task is None else task_member(adapter, task, self._index.modules, configs)
-            members[adapter.name] = self._stage(coded)
+            coder = tasks if adapter in opener.tasks else ordinary
+            members[adapter.name] = self._stage(coder.code(i))
             if progress:
                 progress("coding adapters", i + 1, len(family.adapters))
         self._index = replace(self._index, members=members, configs=configs.all(), base=self._index.base or family.base)
@@ -407,7 +423,8 @@ class Bank:
         """Drop a member; the stored basis stays as it is.
 
         Trained tasks whose basis was derived from it, too, are coded again first, as ordinary members with an error of
-        1e-6: they lose nothing to speak of, but take more bytes. Compact the bank to keep tasks small for ever.
+        1e-6, or a tenth more than they had: they lose nothing to speak of, but take more bytes. Compact the bank to
+        keep tasks small for ever.
 
         Returns:
             Names of those tasks.
@@ -556,11 +573,7 @@ class Bank:
             if before is None:
                 members[name] = entry
                 continue
-            # the second error is relative to the decoded update, whose norm is at most 1 + error of the original's
-            error = before.error + entry.error * (1 + before.error)
-            members[name] = replace(
-                entry, error=float(f"{error:.6g}"), bound=True, source=before.source, source_bytes=before.source_bytes
-            )
+            members[name] = _after(before, entry)
         self._index = replace(self._index, members=members)
 
     def _stage(self, coded: Coded) -> MemberEntry:
@@ -570,19 +583,19 @@ class Bank:
         return coded.entry
 
     def _recoded(self, names: list[str], configs: MemberConfigs, leaving: str) -> dict[str, MemberEntry]:
-        """Trained tasks as ordinary members, as exactly as the coding can, because ``leaving`` goes."""
+        """Trained tasks as ordinary members because ``leaving`` goes: all but as good as they were."""
         family = open_family([self.reconstruct(name) for name in names], base=self._index.base)
-        coder = self._coder(family, configs, max_error=RECODED_ERROR)
         entries = {}
         for i, name in enumerate(names):
-            coded, before = coder.code(i), self[name]
-            if coded.entry.error > MOST_RECODED_ERROR:
+            before = self[name]
+            coded = self._coder(family, configs, max(RECODED_ERROR, RECODED_SHARE * before.error)).code(i)
+            if coded.entry.error > max(MOST_RECODED_ERROR, RECODED_SHARE * before.error):
                 raise BankError(
                     f"the trained task {name!r} stands on directions that come from {leaving!r}, and without it this "
                     f"{self._index.coding} bank could hold the task only with an error of {coded.entry.error:.2g}; "
                     f"remove {name!r} first, or compact the bank"
                 )
-            entries[name] = replace(self._stage(coded), source=before.source, source_bytes=before.source_bytes)
+            entries[name] = _after(before, self._stage(coded))
         return entries
 
     def _beside(self, adapters: Sources | Source, **options: Any) -> Family:
@@ -591,21 +604,14 @@ class Bank:
         family = Family(base=self._index.base, modules=modules, taken=frozenset(self.names))
         return open_family(_several(adapters), into=family, **options)
 
-    def _coder(
-        self,
-        family: Family,
-        configs: MemberConfigs,
-        *,
-        max_error: float | None = None,
-        tasks: Mapping[LoraAdapter, TaskCoefficients] | None = None,
-    ) -> MemberCoder:
+    def _coder(self, family: Family, configs: MemberConfigs, max_error: float | None = None) -> MemberCoder:
         bases: Any = self.bases
         settings = self._settings()
         if self._index.coding != "predictive":
             return PlainCoder(family, self._index.modules, configs, bases=bases, settings=settings)
         return PredictiveCoder(
             family, self._index.modules, configs, bases=bases, slope=self._index.slope,
-            max_error=max_error or settings.error, tasks=tasks,
+            max_error=max_error or settings.error,
         )  # fmt: skip
 
     def _find(self, name: str) -> Path:
@@ -636,6 +642,16 @@ class _Staging:
     def holds(self, name: str) -> bool:
         """Whether a file is in it."""
         return "path" in self.__dict__ and (self.path / name).exists()
+
+
+def _after(before: MemberEntry, entry: MemberEntry) -> MemberEntry:
+    """A member that was coded from codes: what it had lost before counts too, by the triangle inequality."""
+    # the second error is relative to the decoded update, whose norm is at most 1 + error of the original's
+    error = before.error + entry.error * (1 + before.error)
+    return replace(
+        entry, error=float(f"{error:.6g}"), bound=before.error > 0, source=before.source,
+        source_bytes=before.source_bytes,
+    )  # fmt: skip
 
 
 def _several(adapters: Sources | Source) -> Sources:

@@ -8,6 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from adapterbank.adapters import check_name
+from adapterbank.adapters.task import LARGEST
 from adapterbank.errors import AdapterError, BankError
 
 FORMAT = 1
@@ -185,13 +186,13 @@ def _task(entry: Mapping[str, Any]) -> TaskEntry:
     if unknown := entry.keys() - {f.name for f in fields(TaskEntry)}:
         raise ValueError(f"a task has an unknown field {min(unknown)!r}")
     return TaskEntry(
-        k=None if entry["k"] is None else _natural(entry["k"], 0, WIDEST),
+        k=None if entry["k"] is None else _natural(entry["k"]),
         members=_natural(entry["members"]),
         fingerprint=_text(entry["fingerprint"]),
         probe=_number(entry["probe"]),
         core=bool(entry.get("core", False)),
-        random=_natural(entry.get("random", 0), 0, WIDEST),
-        seed=_natural(entry.get("seed", 0), -(2**63), 2**64),
+        random=_natural(entry.get("random", 0)),
+        seed=_natural(entry.get("seed", 0), -LARGEST),
         coded=bool(entry.get("coded", False)),
     )
 
@@ -208,7 +209,7 @@ def _digest(value: Any) -> str:
     return str(value)
 
 
-def _natural(value: Any, least: int = 0, most: int = 2**60) -> int:
+def _natural(value: Any, least: int = 0, most: int = LARGEST) -> int:
     # bool is an int to Python
     if type(value) is not int or not least <= value <= most:
         raise ValueError(f"{value!r} is no whole number in [{least}, {most}]")

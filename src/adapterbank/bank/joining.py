@@ -12,7 +12,7 @@ from adapterbank.adapters.task import SAVED_BASIS, TrainedTask, open_adapter
 from adapterbank.bank.family import Source, open_source
 from adapterbank.bank.index import ModuleEntry, TaskEntry
 from adapterbank.bank.shared_basis import BankBasis
-from adapterbank.bank.task import TaskCoefficients, beside_random, task_factors
+from adapterbank.bank.task import TaskCoefficients, task_factors
 from adapterbank.codec.rows import packed_width
 from adapterbank.errors import AdapterError, BankError
 
@@ -25,7 +25,7 @@ class TaskOpener:
 
     def __init__(self, bank: "Bank") -> None:
         self.bank = bank
-        self.exact: dict[LoraAdapter, TaskCoefficients] = {}
+        self.tasks: dict[LoraAdapter, TaskCoefficients] = {}
         """Of the adapters that were opened, those that are only coefficients on directions that the bank can derive."""
 
     def __call__(self, name: str | None, source: Source, *, allow_pickle: bool) -> LoraAdapter:
@@ -40,9 +40,9 @@ class TaskOpener:
         opened = open_adapter(source, name=name, allow_pickle=allow_pickle)
         if isinstance(opened, LoraAdapter):
             return opened
-        adapter, exact = multiply_out(opened, self.bank)
-        if exact is not None:
-            self.exact[adapter] = exact
+        adapter, coefficients = multiply_out(opened, self.bank)
+        if coefficients is not None:
+            self.tasks[adapter] = coefficients
         return adapter
 
 
@@ -62,7 +62,7 @@ def multiply_out(task: TrainedTask, bank: "Bank") -> tuple[LoraAdapter, TaskCoef
     basis = _basis_of(task, bank, where)
     factors: dict[str, LoraFactors] = {}
     weights: dict[str, Mapping[str, Tensor]] = {}
-    exact = basis is not None and not _is_private(task)
+    shared = basis is not None and not _is_private(task)
     for layer, module in modules.items():
         part = _Layer(task, layer, module, basis)
         weights[module.name] = part.weights()
@@ -71,13 +71,15 @@ def multiply_out(task: TrainedTask, bank: "Bank") -> tuple[LoraAdapter, TaskCoef
             bits=task.config.gradient_bits,
         )  # fmt: skip
         factors[module.name] = LoraFactors(A=A.contiguous(), B=B.contiguous(), scale=1.0)
-        exact = exact and part.is_shared
-    # a task on this very basis was trained on the bank's base model, by whatever name or from whatever folder
-    adapter = task.as_lora(factors, base=None if basis is None else bank.index.base)
-    if not exact or basis is None:
+        shared = shared and part.is_shared
+    # a task on directions of this bank was trained on the bank's base model, by whatever name or from whatever folder
+    adapter = task.as_lora(factors, base=bank.index.base if basis is not None and basis.k else None)
+    if not shared or basis is None:
         return adapter, None
-    probe = basis.probe if task.config.basis_probe is None else task.config.basis_probe
     config = task.config
+    probe = config.basis_probe
+    if probe is None or config.random_directions:  # the task's own knows nothing of the random ones
+        probe = basis.probe
     entry = TaskEntry(
         k=config.k, members=basis.members, fingerprint=basis.fingerprint, probe=probe, core=config.train == "core",
         random=config.random_directions, seed=config.seed if config.random_directions else 0,
@@ -110,7 +112,7 @@ def _brings(task: TrainedTask, layer: str) -> bool:
 
 
 def _basis_of(task: TrainedTask, bank: "Bank", where: str) -> BankBasis | None:
-    """The bank's basis that the task means; none where it brought its own along and the bank has another one."""
+    """The bank's basis that the task means, and its random directions; none where it brought another basis along."""
     config, needed = task.config, not all(_brings(task, layer) for layer in task.layers)
     if needed and config.base_directions:
         raise AdapterError(
@@ -124,6 +126,10 @@ def _basis_of(task: TrainedTask, bank: "Bank", where: str) -> BankBasis | None:
     try:
         basis = bank.basis(config.k, members=config.bank_members)
         basis.check(config.bank_fingerprint, config.basis_probe, where)
+        if config.random_directions:
+            return bank.basis(
+                config.k, members=config.bank_members, random_directions=config.random_directions, seed=config.seed
+            )
     except BankError as error:
         if not needed:
             return None
@@ -156,14 +162,6 @@ class _Layer:
             self.is_shared = shared is not None and torch.equal(self.V, shared.V) and torch.equal(self.U, shared.U)
         elif shared is not None:
             self.V, self.U, self.k = shared.V, shared.U, shared.k
-            config = task.config
-            if config.random_directions:
-                if shared.fold > 1:
-                    raise AdapterError(f"{self.where}: a flat basis has no random directions beside it; save it again")
-                self.V, self.U = beside_random(
-                    self.V, self.U, config.random_directions, seed=config.seed, module=module.name
-                )
-                self.k = len(self.V), int(self.U.shape[1])
             if mean:
                 if shared.mean_in is None or shared.mean_out is None:
                     raise BankError(f"{self.where}: it uses the mean of a centred basis, this bank's has none")

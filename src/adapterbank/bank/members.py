@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,6 +25,10 @@ PROMISE_SLACK = 0.97
 PROMISE_TRIES = 12
 # of a config, what the table and the factors say better, and the base model, which all members share
 _TOLD_ELSEWHERE = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "base_model_name_or_path", "use_rslora"}
+
+
+class UnkeptPromise(BankError):
+    """A promised error is beyond what the coding can do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,21 +103,12 @@ def as_member(
     return Coded(data=data, entry=entry)
 
 
-def task_member(
-    adapter: LoraAdapter, task: TaskCoefficients, modules: Sequence[ModuleEntry], configs: MemberConfigs
-) -> Coded:
-    """A trained task as it is, without loss."""
-    values = sum(shape.rank * (shape.d_in + shape.d_out) for shape in adapter.modules.values())
-    return as_member(
-        adapter, encode_task(task, modules), configs, values=values, scales=(task.scale,), error=0.0, task=task.entry
-    )
+def _rounded(squared_error: float) -> float:
+    return float(f"{math.sqrt(squared_error):.6g}")
 
 
 class MemberCoder:
     """Turns the adapters of a family into members; the codings differ in ``payload`` alone."""
-
-    tasks: Mapping[LoraAdapter, TaskCoefficients] = MappingProxyType({})
-    """Those of the family that are coded in the coordinates of a task's basis."""
 
     def __init__(self, family: Family, modules: Sequence[ModuleEntry], configs: MemberConfigs) -> None:
         self.family, self.modules, self.configs = family, modules, configs
@@ -126,13 +120,11 @@ class MemberCoder:
             BankError: If its promised error can't be kept.
         """
         adapter = self.family.adapters[i]
-        task, scales = self.tasks.get(adapter), tuple(sorted(set(adapter.scales.values())))
+        scales = tuple(sorted(set(adapter.scales.values())))
         payload, squared_error = self.payload(i, [self._slot(i, m.name, scales) for m in self.modules])
         return as_member(
-            adapter, payload, self.configs, values=self.family.values(i),
-            scales=scales if task is None else (task.scale,), error=float(f"{math.sqrt(squared_error):.6g}"),
-            task=None if task is None else replace(task.entry, core=False, coded=True),
-        )  # fmt: skip
+            adapter, payload, self.configs, values=self.family.values(i), scales=scales, error=_rounded(squared_error)
+        )
 
     def payload(self, i: int, slots: list[Slot]) -> tuple[Tensor, float]:
         """Payload and squared relative error of adapter ``i``."""
@@ -155,7 +147,6 @@ class PredictiveCoder(MemberCoder):
         bases: Decoded bases of the modules.
         slope: Weighted squared error that one bit is worth.
         max_error: The promise; none: the slope alone decides.
-        tasks: Adapters that are nothing but coefficients, to be coded as such.
     """
 
     def __init__(
@@ -167,11 +158,9 @@ class PredictiveCoder(MemberCoder):
         bases: Sequence[ModuleBasis],
         slope: float,
         max_error: float | None = None,
-        tasks: Mapping[LoraAdapter, TaskCoefficients] | None = None,
     ) -> None:
         super().__init__(family, modules, configs)
         self.bases, self.slope, self.max_error = bases, slope, max_error
-        self.tasks = tasks or {}
 
     def payload(self, i: int, slots: list[Slot]) -> tuple[Tensor, float]:
         """See ``MemberCoder.payload``."""
@@ -201,7 +190,7 @@ class PredictiveCoder(MemberCoder):
             if not 1.02 * low < slope < high / 1.02:
                 slope = math.sqrt(max(low, 1e-6 * high) * min(high, 1e6 * max(low, 1e-300)))
         if kept is None:
-            raise BankError(
+            raise UnkeptPromise(
                 f"adapter {self.family.adapters[i].name!r}: an error of {max_error:g} can't be kept, the best found is "
                 f"{share * max_error:.4g}; ask for a larger one or turn quantisation off"
             )
@@ -211,13 +200,61 @@ class PredictiveCoder(MemberCoder):
         return encode_predictive(slots, self._updates(i), self.family.weight(i), slope)
 
     def _updates(self, i: int) -> Iterator[tuple[ThinUpdate, ModuleBasis]]:
-        if (task := self.tasks.get(self.family.adapters[i])) is not None:
-            yield from coordinates(task, self.modules)
-            return
         present = self.family.adapters[i].modules
         for module, basis in zip(self.modules, self.bases, strict=True):
             if module.name in present:
                 yield self.family.update(i, module.name), basis
+
+
+class TaskCoder(PredictiveCoder):
+    """Keeps trained tasks as they are, or codes their coefficients where a promise is given and that takes less.
+
+    Args:
+        family: Adapters, the tasks among them.
+        modules: The bank's modules.
+        configs: The bank's configs, which new ones are added to.
+        slope: Where the search for the promise begins.
+        max_error: The promise; none: nothing is coded.
+        tasks: What the tasks of the family are.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        modules: Sequence[ModuleEntry],
+        configs: MemberConfigs,
+        *,
+        slope: float,
+        max_error: float | None,
+        tasks: Mapping[LoraAdapter, TaskCoefficients],
+    ) -> None:
+        super().__init__(family, modules, configs, bases=(), slope=slope, max_error=max_error)
+        self.tasks = tasks
+
+    def code(self, i: int) -> Coded:
+        """See ``MemberCoder.code``; keeps what can't be coded well enough."""
+        adapter, task, values = self.family.adapters[i], self._task(i), self.family.values(i)
+        kept = as_member(
+            adapter, encode_task(task, self.modules), self.configs, values=values, scales=(task.scale,), error=0.0,
+            task=task.entry,
+        )  # fmt: skip
+        if self.max_error is None:
+            return kept
+        try:
+            payload, squared_error = self.payload(i, [self._slot(i, m.name, (1.0,)) for m in self.modules])
+        except UnkeptPromise:
+            return kept
+        coded = as_member(
+            adapter, payload, self.configs, values=values, scales=(task.scale,), error=_rounded(squared_error),
+            task=replace(task.entry, core=False, coded=True),
+        )  # fmt: skip
+        return min(coded, kept, key=lambda member: member.entry.bytes)
+
+    def _task(self, i: int) -> TaskCoefficients:
+        return self.tasks[self.family.adapters[i]]
+
+    def _updates(self, i: int) -> Iterator[tuple[ThinUpdate, ModuleBasis]]:
+        return coordinates(self._task(i), self.modules)
 
 
 class PlainCoder(MemberCoder):

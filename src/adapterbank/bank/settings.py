@@ -45,10 +45,7 @@ class FitSettings:
         if len(targets) > 1:
             raise BankError(f"give one target, not {' and '.join(targets)}")
         for name in targets:
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (number and math.isfinite(value) and value > 0):
-                raise BankError(f"{name} must be a positive number, not {value!r}")
+            check_positive(name, getattr(self, name))
         if self.method not in METHODS:
             raise BankError(f"method {self.method!r} is unknown; choose one of {', '.join(METHODS)}")
         if self.mean not in ("affine", "drop", "none"):
@@ -95,6 +92,17 @@ class FitSettings:
         """What was given, less the defaults."""
         default = FitSettings()
         return {key: value for key, value in asdict(self).items() if value != getattr(default, key)}
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Refuse what is no target.
+
+    Raises:
+        BankError: Unless it is a positive number.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not (number and value > 0):
+        raise BankError(f"{name} must be a positive number, not {value!r}")
 
 
 def parse_bytes(text: str | int) -> int:

@@ -8,8 +8,9 @@ tells whether this machine's arithmetic came to the same result.
 import hashlib
 import json
 import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from adapterbank.bank.coding import PlainBasis, PlainSide
 from adapterbank.bank.statistics import even_sample
 from adapterbank.codec.predictive import SideBasis
 from adapterbank.errors import BankError
-from adapterbank.subspace.completion import complete, orthonormal, probe
+from adapterbank.subspace.completion import complete, orthonormal, probe, random_directions
 from adapterbank.subspace.updates import thin_svd
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ class BankBasis:
     members: int
     """Derived directions come from so many ordinary members, the first ones; 0: nothing is derived."""
     fingerprint: str
-    """Hash of the recipe: the stored basis, ``k`` and the members that directions are derived from."""
+    """Hash of the recipe: the stored basis, ``k`` and the members that directions are derived from; random directions
+    are not in it."""
 
     @cached_property
     def probe(self) -> float:
@@ -100,7 +102,8 @@ class BankBasis:
         if probe is not None and not math.isclose(probe, self.probe, abs_tol=PROBE_TOLERANCE):
             raise BankError(
                 f"{where} was trained on the basis {self.fingerprint}, which this machine's arithmetic derives "
-                "differently (two directions of equal weight); store them with Bank.compact, or save with save_basis"
+                "differently (two directions of equal weight, or other random ones); store them with Bank.compact, or "
+                "save with save_basis"
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "BankBasis":
@@ -143,10 +146,56 @@ def shared_basis(bank: "Bank", k: int | None = None, *, members: int | None = No
     if wanted and not any(min(basis.k) for basis in modules.values()):
         raise BankError("the bank has no directions: it has no members that change the base model; add adapters")
     used = names if derived else []
-    # without directions of its own one bank is as good as another
-    recipe = [bank.index.basis if wanted else "", wanted, [bank[name].sha256 for name in used]]
+    # without directions of its own one bank is as good as another of the same layers
+    layers = [[module.name, module.d_in, module.d_out] for module in bank.index.modules]
+    recipe = [bank.index.basis, wanted, [bank[name].sha256 for name in used]] if wanted else ["", 0, layers]
     fingerprint = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
     return BankBasis(modules=modules, k=wanted, members=len(used), fingerprint=fingerprint)
+
+
+def with_random(basis: BankBasis, count: int, seed: int) -> BankBasis:
+    """A basis with seeded random directions after its own; its probe covers them.
+
+    Args:
+        basis: The bank's.
+        count: Random directions a side of each module.
+        seed: Of the draw.
+
+    Raises:
+        BankError: If there is no room for them, or a direction is a whole factor.
+    """
+    modules = {}
+    for name, part in basis.modules.items():
+        if part.fold > 1:
+            raise BankError(f"{name}: a flat basis has no random directions beside it; fit the bank by product")
+        V, U = beside_random(part.V, part.U, count, seed=seed, module=name)
+        modules[name] = replace(part, V=V, U=U)
+    return replace(basis, modules=modules)
+
+
+def beside_random(
+    V: Float[Tensor, "k_in d_in"], U: Float[Tensor, "d_out k_out"], count: int, *, seed: int, module: str
+) -> tuple[Float[Tensor, "rows d_in"], Float[Tensor, "d_out columns"]]:
+    """A basis with seeded random directions after its own, the same ones whenever they are drawn.
+
+    Args:
+        V: Input basis.
+        U: Output basis.
+        count: Directions a side.
+        seed: Of the task.
+        module: The bank's name of the layer.
+
+    Raises:
+        BankError: If there is no room for so many.
+    """
+    # of the module's name too: equal directions in all layers would be no random ones
+    drawn = zlib.crc32(f"{seed} {module}".encode())
+    try:
+        more_V = random_directions(count, V.shape[1], V, seed=drawn)
+        more_U = random_directions(count, U.shape[0], U.T, seed=drawn + 1).T
+    except BankError as error:
+        raise BankError(f"{module}: {error}") from error
+    return torch.cat([V, more_V]), torch.cat([U, more_U], dim=1)
 
 
 def basis_members(bank: "Bank") -> list[str]:

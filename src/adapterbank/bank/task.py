@@ -5,7 +5,6 @@ a basis that the bank can derive needs only those: in 32 bits, where they come b
 of a layer that is no wider than the basis. The basis is orthonormal, so the error is the same in both coordinates.
 """
 
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +23,6 @@ from adapterbank.codec.plain import PlainReader, PlainWriter
 from adapterbank.codec.predictive import ModuleBasis, SideBasis
 from adapterbank.codec.rows import unpack_rows
 from adapterbank.errors import BankError
-from adapterbank.subspace.completion import random_directions
 from adapterbank.subspace.updates import ThinUpdate, thin_svd
 
 # --- the update -------------------------------------------------------------------------------------------------------
@@ -72,26 +70,6 @@ def task_factors(
     return A, B
 
 
-def beside_random(
-    V: Float[Tensor, "k_in d_in"], U: Float[Tensor, "d_out k_out"], count: int, *, seed: int, module: str
-) -> tuple[Float[Tensor, "rows d_in"], Float[Tensor, "d_out columns"]]:
-    """A basis with seeded random directions after its own, the same ones whenever they are drawn.
-
-    Args:
-        V: Input basis.
-        U: Output basis.
-        count: Directions a side.
-        seed: Of the task.
-        module: The bank's name of the layer.
-    """
-    # of the module's name too: equal directions in all layers would be no random ones
-    drawn = zlib.crc32(f"{seed} {module}".encode())
-    return (
-        torch.cat([V, random_directions(count, V.shape[1], V, seed=drawn)]),
-        torch.cat([U, random_directions(count, U.shape[0], U.T, seed=drawn + 1).T], dim=1),
-    )
-
-
 # --- as a member ------------------------------------------------------------------------------------------------------
 
 
@@ -104,21 +82,6 @@ class TaskCoefficients:
     rank: Mapping[str, int]
     """Rank of the update of each module, by its name in the bank."""
     weights: Mapping[str, Mapping[str, Tensor]]
-
-
-def directions_of(
-    task: TaskEntry, basis: SharedBasis, module: str
-) -> tuple[Float[Tensor, "k_in w_in"], Float[Tensor, "w_out k_out"]]:
-    """Basis of one module that a task's coefficients mean: the bank's, and the task's random directions after it.
-
-    Raises:
-        BankError: If there is no room for the random directions.
-    """
-    if not task.random:
-        return basis.V, basis.U
-    if basis.fold > 1:
-        raise BankError(f"{module}: a flat basis has no random directions beside it; restore the bank from a copy")
-    return beside_random(basis.V, basis.U, task.random, seed=task.seed, module=module)
 
 
 def encode_task(task: TaskCoefficients, modules: Sequence[ModuleEntry]) -> Tensor:
@@ -140,7 +103,12 @@ def coordinates(task: TaskCoefficients, modules: Sequence[ModuleEntry]) -> Itera
         if a is None or b is None:
             core = task.weights[module.name]["eig_core"]
             a, b = torch.eye(core.shape[1]), core
-        yield thin_svd(a, b, task.scale), _unpredicted(int(a.shape[1]), int(b.shape[0]))
+        k_in, k_out = int(a.shape[1]), int(b.shape[0])
+        if k_in and k_out:
+            update = thin_svd(a, b, task.scale)
+        else:  # a layer that no member changed has no directions
+            update = ThinUpdate(U=torch.zeros(k_out, 0), S=torch.zeros(0), Vh=torch.zeros(0, k_in))
+        yield update, _unpredicted(k_in, k_out)
 
 
 def restore_task(index: BankIndex, basis: BankBasis, name: str, tensors: Mapping[str, Tensor]) -> LoraAdapter:
@@ -148,7 +116,7 @@ def restore_task(index: BankIndex, basis: BankBasis, name: str, tensors: Mapping
 
     Args:
         index: The bank's index, which has the member.
-        basis: The basis that it was trained on.
+        basis: The basis that it was trained on, its random directions among them.
         name: Name of the member.
         tensors: Content of its file.
 
@@ -160,7 +128,7 @@ def restore_task(index: BankIndex, basis: BankBasis, name: str, tensors: Mapping
     if task is None or len(entry.scales) != 1:
         raise BankError(f"{where} is damaged: a task has one scale, not {len(entry.scales)}; restore it from a copy")
     basis.check(task.fingerprint, task.probe, where)
-    read = _coded_factors if task.coded else _plain_factors
+    read = _coded_factors if task.coded else _kept_factors
     try:
         pairs = read(tensors["payload"], entry, task, index.modules, basis)
     except BankError as error:
@@ -174,7 +142,7 @@ def restore_task(index: BankIndex, basis: BankBasis, name: str, tensors: Mapping
     return LoraAdapter.from_factors(name, factors, base=index.base, config=index.configs[entry.config], extras=extras)
 
 
-def _plain_factors(
+def _kept_factors(
     payload: Tensor, entry: MemberEntry, task: TaskEntry, modules: Sequence[ModuleEntry], basis: BankBasis
 ) -> dict[str, Pair]:
     table, data = unpack(payload)
@@ -189,23 +157,21 @@ def _plain_factors(
     body, found = PlainReader(data, 32), {}
     for (module, _), pair in zip(present, shapes, strict=True):
         weights = {key: body.matrix(*shape) for key, shape in zip(_names(task), pair, strict=True)}
-        V, U = directions_of(task, basis.modules[module.name], module.name)
-        k, sizes = (len(V), int(U.shape[1])), (module.d_in, module.d_out)
-        found[module.name] = task_factors(weights, V, U, k=k, sizes=sizes, scale=entry.scales[0])
+        part, sizes = basis.modules[module.name], (module.d_in, module.d_out)
+        found[module.name] = task_factors(weights, part.V, part.U, k=part.k, sizes=sizes, scale=entry.scales[0])
     return found
 
 
 def _coded_factors(
-    payload: Tensor, entry: MemberEntry, task: TaskEntry, modules: Sequence[ModuleEntry], basis: BankBasis
+    payload: Tensor, entry: MemberEntry, _task: TaskEntry, modules: Sequence[ModuleEntry], basis: BankBasis
 ) -> dict[str, Pair]:
-    flat = [_unpredicted(*_k_of(task, basis.modules[module.name])) for module in modules]
-    slots, pairs = decode_predictive(payload, flat, modules, entry.values)
+    bases = [_unpredicted(*basis.modules[module.name].k) for module in modules]
+    slots, pairs = decode_predictive(payload, bases, modules, entry.values)
     found = {}
     for (module, rank), (a, b) in zip(_present(slots, modules), pairs, strict=True):
-        V, U = directions_of(task, basis.modules[module.name], module.name)
+        part, missing = basis.modules[module.name], rank - len(a)
         # pairs that were not worth their bytes come back as zeros, so that shapes stay
-        missing = rank - len(a)
-        found[module.name] = pad(a @ V, (0, 0, 0, missing)), pad(U @ b, (0, missing))
+        found[module.name] = pad(a @ part.V, (0, 0, 0, missing)), pad(part.U @ b, (0, missing))
     return found
 
 
@@ -214,11 +180,6 @@ def _present(slots: Sequence[Slot], modules: Sequence[ModuleEntry]) -> list[tupl
     if any(slot.scale for slot in slots):
         raise BankError("it is damaged: its table has a second scale, a task has one; restore it from a copy")
     return [(module, slot.rank) for module, slot in zip(modules, slots, strict=True) if slot.rank]
-
-
-def _k_of(task: TaskEntry, basis: SharedBasis) -> tuple[int, int]:
-    """Directions ``(k_in, k_out)`` that the coefficients of one module are for."""
-    return basis.k[0] + task.random, basis.k[1] + task.random
 
 
 def _unpredicted(k_in: int, k_out: int) -> ModuleBasis:
@@ -236,7 +197,7 @@ def _names(task: TaskEntry) -> tuple[str, ...]:
 
 def _shapes(task: TaskEntry, rank: int, basis: SharedBasis, module: str) -> list[tuple[int, int]]:
     """Shapes of the stored matrices of one module, in the order of ``_names``."""
-    k_in, k_out = _k_of(task, basis)
+    k_in, k_out = basis.k
     if rank % basis.fold or (task.core and rank != k_in):
         raise BankError(f"{module}: it is damaged: rank {rank} on {k_in} directions of {basis.fold} rows")
     rows = rank // basis.fold

@@ -15,8 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adapterbank.adapters.names import match_layers
 from adapterbank.bank import Bank
-from adapterbank.bank.shared_basis import BankBasis, SharedBasis
-from adapterbank.bank.task import beside_random
+from adapterbank.bank.shared_basis import BankBasis, SharedBasis, beside_random
 from adapterbank.errors import BankError
 from adapterbank.subspace.completion import leading_directions
 from adapterbank.subspace.moments import top_eigenpairs
