@@ -61,6 +61,12 @@ class Part:
         return all(method in self.cells for method in methods)
 
     @property
+    def steps(self) -> int:
+        """Of every run, which have equally many."""
+        (found,) = {int(line["steps"]) for line in self.lines}
+        return found
+
+    @property
     def tasks(self) -> list[str]:
         """In the order in which they were run."""
         return list(dict.fromkeys(line["task"] for line in self.lines))

@@ -88,13 +88,16 @@ MAIN = (
     HEAD, LORA, lora(1, 4.5e-3), RANDOM, PAPER, PAPER_BASE, BANK, BANK_MEAN, MIXED, MIXED_MEAN, GRADIENT,
     FROM_BANK,
 )  # fmt: skip
+SHORT = (LORA, GRADIENT, MIXED_MEAN)
+SHORT_STEPS = 48
+"""Six tenths of the steps, with a schedule of their own."""
 FEW = (HEAD, LORA, RANDOM, BANK_MEAN, GRADIENT, MIXED_MEAN, FROM_BANK)
 """With 48 examples."""
 JOINING = (LORA, lora(1, 4.5e-3), RANDOM, BANK_MEAN, GRADIENT, MIXED_MEAN, FROM_BANK)
 """What is measured as a member of the bank."""
 RECYCLING = (PAPER, PAPER_BASE, BANK, BANK_MEAN, MIXED_MEAN, FROM_BANK)
 """What is compared between families of source adapters."""
-ABLATION = (MIXED, RANDOM_GRADIENT, GRADIENT, GRADIENT_16, BANK, RANDOM)
+ABLATION = (MIXED_MEAN, MIXED, RANDOM_GRADIENT, GRADIENT, GRADIENT_16, BANK, RANDOM)
 ZERO_SHOT = replace(in_bank("zero-shot", train="head", start="random"), head_lr=3e-2)
 """At the rate that the head alone wants."""
 APPENDIX = (
@@ -265,6 +268,7 @@ PARTS: dict[str, Callable[[], Iterator[Run]]] = {
     "rates": lambda: rates("rates", TEXTS, (*MAIN, *ABLATION)),
     "main": lambda: runs("main", TEXTS, tuned(TEXTS, MAIN), HELD_OUT),
     "bytes": lambda: runs("bytes", TEXTS, tuned(TEXTS, JOINING), HELD_OUT, seeds=FIRST, join=(0.1, 0.3)),
+    "short": lambda: runs("short", TEXTS, tuned(TEXTS, SHORT), HELD_OUT, steps=SHORT_STEPS),
     "ablation": _ablation,
     "oneseed": lambda: runs("oneseed", TEXTS, tuned(TEXTS, RECYCLING), HELD_OUT, seeds=FIRST, family="oneseed"),
     "appendix": lambda: rates("appendix", TEXTS, _at_common_head_rate(APPENDIX), heads=False),
