@@ -44,9 +44,9 @@ def test_train_writes_an_adapter_and_shows_what_it_took(run, words, home, tmp_pa
     result = run(*words, "--eval", home / "train.jsonl")
     assert result.exit_code == 0 and result.stderr == "", result.output
     size = (tmp_path / "out" / "adapter_model.safetensors").stat().st_size
-    # 4 modules, 4 x (8 + 8) coefficients each, and a head of 32 x 2 + 2
+    # 4 modules, 4 x (24 + 24) coefficients on 8 of the bank's and 16 of the gradient's, and a head of 32 x 2 + 2
     line = next(line for line in result.stdout.splitlines() if "seq-cls" in line)
-    assert all(cell in line for cell in ("322", "66", f"{size:,}"))
+    assert all(cell in line for cell in ("834", "66", f"{size:,}"))
     assert "Measured on 20 examples" in result.stdout
 
 

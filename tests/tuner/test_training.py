@@ -36,7 +36,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 
 WORDS = {"red": "warm", "orange": "warm", "blue": "cold", "green": "cold"}
 VOCABULARY = ["<pad>", "<eos>", "<unk>", *WORDS, "warm", "cold", "thing", *(str(i) for i in range(10))]
-SETTINGS = TaskSettings(task="seq-cls", r=4, k=8, epochs=2, batch=8)
+PLAIN = {"r": 4, "k": 8, "start": "base", "gradient_directions": 0, "batch": 8}
+"""Nothing but coefficients on the bank's own directions."""
+SETTINGS = TaskSettings(task="seq-cls", epochs=2, **PLAIN)
 
 
 def save_base(model, folder):
@@ -139,7 +141,7 @@ def test_a_language_model_learns_completions_only(tmp_path):
     base, bank = save_base(model, tmp_path / "base"), save_bank(model, TARGETS["llama"], tmp_path / "bank")
     rows = [{"prompt": f"{w} thing {i}", "completion": label} for i in range(10) for w, label in WORDS.items()]
     data = save_rows(tmp_path / "train.jsonl", rows)
-    settings = TaskSettings(task="causal-lm", r=4, k=8, epochs=3, batch=8)
+    settings = TaskSettings(task="causal-lm", epochs=3, **PLAIN)
     result = train_task(bank, base, data, tmp_path / "out", settings, eval_data=data)
     assert result.after.loss < result.before.loss and result.labels == [] and result.head == 0
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
@@ -200,7 +202,7 @@ def vit(tmp_path):
 
 
 def test_a_vision_model_learns_another_number_of_classes(vit):
-    settings = TaskSettings(task="image-cls", r=4, k=8, epochs=3, batch=8)
+    settings = TaskSettings(task="image-cls", epochs=3, **PLAIN)
     data = vit / "data" / "train.jsonl"
     result = train_task(vit / "bank", vit / "base", data, vit / "out", settings, eval_data=data)
     assert result.labels == ["0", "1"] and result.after.loss < result.before.loss
@@ -211,7 +213,7 @@ def test_a_vision_model_learns_another_number_of_classes(vit):
 
 def test_a_broken_image_is_named_and_leaves_nothing(vit):
     (vit / "data" / "pictures" / "3.png").write_bytes(b"no image")
-    settings = TaskSettings(task="image-cls", r=4, k=8, epochs=1, batch=8)
+    settings = TaskSettings(task="image-cls", epochs=1, **PLAIN)
     with pytest.raises(AdapterBankError, match=r"3\.png can't be read as an image"):
         train_task(vit / "bank", vit / "base", vit / "data" / "train.jsonl", vit / "out", settings)
     assert not (vit / "out").exists()
@@ -274,6 +276,34 @@ def test_an_unfinished_training_is_neither_overwritten_nor_mixed_with_another(be
 
 def test_to_resume_what_was_never_begun_begins_it(bert, tmp_path):
     assert train(bert, tmp_path / "out", replace(SETTINGS, epochs=1), resume=True).epochs
+
+
+# --- defaults that the bank decides -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fit", "adapters", "k"),
+    [
+        ({"max_error": 0.1}, None, 16), ({"max_error": 0.1}, 2, None), ({"k": 4}, None, None),
+        ({"method": "eigenlora", "k": 4}, None, None), ({"method": "flat", "k": 3}, None, None),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_defaults_fit_every_bank(bert, tmp_path, fit, adapters, k):
+    members = adapters_for(BertModel.from_pretrained(bert / "tiny-bert"), TARGETS["bert"])[:adapters]
+    bank = Bank.fit(members, **fit)
+    bank.save(tmp_path / "bank")
+    flat = fit.get("method") == "flat"
+    # so low a rate that what is saved is the start
+    settings = TaskSettings(task="seq-cls", epochs=1, lr=1e-30, r=members[0].rank if flat else 2)
+    place = tmp_path / "bank", bert / "tiny-bert", bert / "train.jsonl"
+    result = train_task(*place, tmp_path / "out", settings)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["k"], config["gradient_directions"]) == (k, 0 if flat else 16)
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert any(tensor.abs().max() > 1e-6 for name, tensor in saved.items() if "eig_coef_B" in name)
+    base = train_task(*place, tmp_path / "base", replace(settings, start="base"))
+    assert result.before == base.before
 
 
 # --- gradient directions ----------------------------------------------------------------------------------------------
@@ -346,7 +376,7 @@ def test_missing_files_one_class_and_strange_labels_are_refused_before_anything_
 
 def test_a_model_without_a_language_head_is_no_language_model(bert, tmp_path):
     data = save_rows(tmp_path / "texts.jsonl", [{"text": "red thing"}] * 4)
-    settings = TaskSettings(task="causal-lm", r=4, k=8)
+    settings = TaskSettings(task="causal-lm", **PLAIN)
     with pytest.raises(AdapterBankError, match=r"is no language model: it has no cls\.predictions"):
         train_task(bert / "colours", bert / "tiny-bert", data, tmp_path / "out", settings)
 

@@ -31,22 +31,26 @@ def train(
     eval_share: Annotated[float, typer.Option(metavar="S", help="Without --eval: this share of the data.")] = 0.1,
     k: Annotated[
         int | None,
-        typer.Option("-k", metavar="K", help="Directions of the basis a side. By default 32, or all there are."),
+        typer.Option("-k", metavar="K", help="Directions of the basis a side. By default 16, or all there are."),
     ] = None,
     r: Annotated[int, typer.Option("-r", metavar="R", help="Rank of the update.")] = 8,
     epochs: Annotated[int, typer.Option(metavar="N", help="Passes over the data.")] = 3,
     batch: Annotated[int, typer.Option(metavar="N", help="Examples a step.")] = 16,
     lr: Annotated[float | None, typer.Option(metavar="LR", help="Of the coefficients. By default 0.01.")] = None,
-    head_lr: Annotated[float | None, typer.Option(metavar="LR", help="Of the head. By default 0.01.")] = None,
+    head_lr: Annotated[float | None, typer.Option(metavar="LR", help="Of the head. By default 0.003.")] = None,
     gradient_directions: Annotated[
-        int, typer.Option(metavar="N", help="Directions of the task's own gradient beside the bank's.")
-    ] = 0,
+        int | None,
+        typer.Option(metavar="N", help="Directions of the task's own gradient beside the bank's. By default 16."),
+    ] = None,
+    start: Annotated[
+        str, typer.Option(help="Where coefficients start: mean of the members, base, random, member:NAME.")
+    ] = "mean",
     max_tokens: Annotated[int, typer.Option(metavar="N", help="Longer texts are cut.")] = 256,
     seed: Annotated[int, typer.Option(help="Of the head, the coefficients and the order of the data.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in OUT.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a new task in a bank: coefficients on its shared basis and a task head.
+    """Train a new task in a bank: coefficients on its basis and on directions of the task's gradient, and a task head.
 
     A line of FILE is {"text": ..., "label": ...}, for causal-lm {"text": ...} or {"prompt": ..., "completion": ...}
     with loss on the completion only, for image-cls {"image": path relative to FILE, "label": ...}.
@@ -60,7 +64,7 @@ def train(
 
     rates = {name: rate for name, rate in (("lr", lr), ("head_lr", head_lr)) if rate is not None}
     settings = TaskSettings(
-        task=task.value, r=r, k=k, epochs=epochs, batch=batch, gradient_directions=gradient_directions,
+        task=task.value, r=r, k=k, start=start, epochs=epochs, batch=batch, gradient_directions=gradient_directions,
         max_tokens=max_tokens, eval_share=eval_share, seed=seed, **rates,
     )  # fmt: skip
     with bars() as tell:

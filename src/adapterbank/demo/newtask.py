@@ -30,6 +30,8 @@ class NewTask:
     k: int = 16
     """Directions of the bank."""
     gradient_directions: int = 16
+    start: str = "mean"
+    """Of the coefficients."""
     lr: float = 1e-2
 
     def recipe(self) -> dict[str, Any]:
@@ -39,7 +41,8 @@ class NewTask:
             return common
         # the index holds the hash of every file of the bank
         index = hashlib.sha256((self.bank / "bank.json").read_bytes()).hexdigest()
-        own = {"k": self.k, "gradient_directions": self.gradient_directions, "lr": self.lr}
+        names = ("k", "gradient_directions", "start", "lr")
+        own = {name: getattr(self, name) for name in names}
         return {**common, **own, "bank": index}
 
     def key(self) -> str:
@@ -108,7 +111,7 @@ def _in_bank(job: NewTask, base: Any, task: Task, tokenizer: Any) -> tuple[Any, 
 
     settings = job.settings
     torch.manual_seed(settings.init_seed)
-    config = EigenLoraConfig(bank=job.bank, r=settings.r, k=job.k, task_type="SEQ_CLS")
+    config = EigenLoraConfig(bank=job.bank, r=settings.r, k=job.k, start=job.start, task_type="SEQ_CLS")
     model = get_peft_model(base, config)
     if job.gradient_directions:
         examples = random.Random(settings.seed).sample(task.train, len(task.train))

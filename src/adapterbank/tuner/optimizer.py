@@ -7,7 +7,7 @@ from torch import nn
 from adapterbank.errors import AdapterBankError
 
 COEFFICIENT_LR = 1e-2
-HEAD_LR = 1e-2
+HEAD_LR = 3e-3
 COMPONENT_LR = 1e-3
 
 
@@ -23,6 +23,7 @@ def optimizer_groups(
     """Groups for any torch optimiser: coefficients, components and free pairs, head.
 
     Coefficients want far higher rates than a LoRA's factors: there are ``d / k`` times fewer of them to move as much.
+    A head wants a lower one beside them than alone, or it overfits before the layers have moved.
 
     Args:
         model: With adapters from a bank; what asks for gradients is trained.

@@ -5,7 +5,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from transformers.utils import logging
 
 from adapterbank.adapters.names import base_model_id
 from adapterbank.bank import Bank
-from adapterbank.errors import AdapterBankError
+from adapterbank.errors import AdapterBankError, BankError
 from adapterbank.tuner.config import EigenLoraConfig
 from adapterbank.tuner.examples import (
     IGNORED,
@@ -64,6 +64,10 @@ _MODELS = {
 }
 
 
+DIRECTIONS = 16
+"""Of the bank and of the gradient by default: together what did best in ``docs/benchmarks/adaptation.md``."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskSettings:
     """How a task is trained; equal settings and equal data give the same adapter.
@@ -76,14 +80,17 @@ class TaskSettings:
     """``seq-cls``, ``causal-lm`` or ``image-cls``."""
     r: int = 8
     k: int | None = None
-    """Directions of the bank's basis; by default as ``EigenLoraConfig``."""
+    """Directions of the bank's basis; by default 16, or as many as there are."""
+    start: str = "mean"
+    """Where the coefficients start; see ``EigenLoraConfig``."""
     epochs: int = 3
     batch: int = 16
     lr: float = COEFFICIENT_LR
     """Of the coefficients."""
     head_lr: float = HEAD_LR
-    gradient_directions: int = 0
-    """Directions of the task's own gradient beside the bank's; see ``adapterbank.tuner.augment``."""
+    gradient_directions: int | None = None
+    """Directions of the task's own gradient beside the bank's, see ``adapterbank.tuner.augment``; by default 16, none
+    in a flat bank."""
     max_tokens: int = 256
     """Longer texts lose their end, longer prompts their beginning."""
     eval_share: float = 0.1
@@ -96,7 +103,7 @@ class TaskSettings:
         if not 0 < self.eval_share < 1:
             raise AdapterBankError(f"eval_share={self.eval_share} is no share; give a number between 0 and 1")
         for name, least in (("epochs", 1), ("batch", 1), ("gradient_directions", 0), ("max_tokens", 2)):
-            if getattr(self, name) < least:
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise AdapterBankError(f"{name}={getattr(self, name)} is too small; give at least {least}")
         for name in ("lr", "head_lr"):
             if not 0 < getattr(self, name) < float("inf"):
@@ -160,6 +167,7 @@ def train_task(
     tell = progress or (lambda stage, done, total: None)
     check_out(out, resume=resume)
     bank = bank if isinstance(bank, Bank) else Bank.load(Path(bank).expanduser())
+    settings = _in_full(settings, bank)
     examples = read_examples(data, settings.task)
     labels = labels_of(examples, data) if settings.task != "causal-lm" else []
     if eval_data is None:
@@ -252,15 +260,30 @@ def _most_tokens(base: Any, processor: Any, settings: TaskSettings) -> int:
     return min([settings.max_tokens, *(int(limit) for limit in limits if limit)])
 
 
+def _in_full(settings: TaskSettings, bank: Bank) -> TaskSettings:
+    """With the defaults that depend on the bank."""
+    k, gradient = settings.k, settings.gradient_directions
+    if gradient is None:
+        gradient = 0 if bank.index.method == "flat" else DIRECTIONS
+    if k is None and gradient:
+        try:
+            bank.basis(DIRECTIONS)
+            k = DIRECTIONS
+        except BankError:
+            k = None  # a small bank: all there are
+    return replace(settings, k=k, gradient_directions=gradient)
+
+
 def _in_bank(base: Any, bank: Bank, settings: TaskSettings, heads: list[str], *, augmented: bool) -> Any:
     """The model with a fresh adapter; ``augmented`` makes room for directions that a checkpoint holds."""
     config = EigenLoraConfig(
         bank=bank,
         r=settings.r,
         k=settings.k,
+        start=settings.start,
         task_type=TASKS[settings.task],
         modules_to_save=heads or None,
-        gradient_directions=settings.gradient_directions if augmented else 0,
+        gradient_directions=(settings.gradient_directions or 0) if augmented else 0,
     )
     torch.manual_seed(settings.seed)
     model: Any = get_peft_model(base, config)
@@ -292,7 +315,8 @@ class _Run:
         """Scores of the base model with its fresh head; then the gradient's directions, where they're asked for."""
         trainer = self._trainer(self._arguments(place), (None, None))
         self.tell("evaluate the base model", 0, 1)
-        found = trainer.evaluate()
+        with self.model.disable_adapter():  # the coefficients may start elsewhere
+            found = trainer.evaluate()
         self.tell("evaluate the base model", 1, 1)
         if self.settings.gradient_directions:
             seeded = torch.Generator().manual_seed(self.settings.seed)
@@ -301,7 +325,7 @@ class _Run:
             )
             self.tell("find directions", 0, 1)
             batches = ({name: value.to(trainer.args.device) for name, value in batch.items()} for batch in loader)
-            augment(self.model, batches, self.settings.gradient_directions, head_lr=self.settings.head_lr)
+            augment(self.model, batches, self.settings.gradient_directions)
             self.tell("find directions", 1, 1)
         return Scores(loss=found["eval_loss"], accuracy=found["eval_accuracy"])
 
