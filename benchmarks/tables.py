@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.adaptation.page import brief as adaptation_brief
 from benchmarks.adaptation.page import page as adaptation_page
 from benchmarks.adaptation.plots import draw as draw_adaptation
 from benchmarks.markdown import table
@@ -80,6 +81,7 @@ def _readme(results: dict[str, Result]) -> str:
         "([all of them](docs/benchmarks/rate-distortion.md)).",
     ]
     parts += [_accuracy_table(_accuracies(results), "Task accuracy with stock PEFT, before and after:")]
+    parts += adaptation_brief()
     if "peers" in results:
         parts += [
             "Fitting 20 adapters (126 MB) in a fresh process, start-up of torch included, one thread:",
