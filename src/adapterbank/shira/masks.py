@@ -1,0 +1,135 @@
+"""Which weights of a layer an adapter changes: five rules from weight, gradient or seed to positions (SHiRA, B).
+
+A mask is a vector of flat positions in row-major order, ascending, without repetition: int32 where that reaches, else
+int64. Same arguments, same positions, on every machine: ties go to the lowest position.
+"""
+
+import zlib
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from adapterbank.errors import AdapterBankError
+
+Kind = Literal["struct", "rand", "wm", "grad", "snip"]
+KINDS: tuple[Kind, ...] = ("struct", "rand", "wm", "grad", "snip")
+GRADIENT_KINDS: tuple[Kind, ...] = ("grad", "snip")
+"""Those that need a gradient."""
+LARGEST_INT32 = 2**31 - 1
+
+
+def count_of(shape: tuple[int, int], density: float) -> int:
+    """Positions of a layer at a density: ``round(density * n * m)``, at least 1.
+
+    Raises:
+        AdapterBankError: Unless ``0 < density <= 1``.
+    """
+    if not 0 < density <= 1:
+        raise AdapterBankError(f"density={density} is no share of a layer's weights; give a number in (0, 1]")
+    return max(1, round(density * shape[0] * shape[1]))
+
+
+def struct(shape: tuple[int, int], density: float, *, offset: int = 0) -> Int[Tensor, " nnz"]:
+    """Rows ``offset, offset + f, ...`` and the diagonal, with a stride ``f`` that comes close to the density.
+
+    Masks of different offsets below :func:`stride_of` share nothing but the diagonal.
+
+    Args:
+        shape: ``(d_out, d_in)``.
+        density: Share of the weights.
+        offset: First row.
+
+    Raises:
+        AdapterBankError: If the offset is not below the stride.
+    """
+    rows, columns = shape
+    stride = stride_of(shape, density)
+    if not 0 <= offset < stride:
+        raise AdapterBankError(f"offset={offset} is outside [0, {stride}): every {stride}th row of {rows} is taken")
+    chosen = torch.arange(offset, rows, stride)
+    whole = (chosen[:, None] * columns + torch.arange(columns)).flatten()
+    diagonal = torch.arange(min(shape)) * (columns + 1)
+    return _positions(torch.unique(torch.cat([whole, diagonal])), shape)
+
+
+def stride_of(shape: tuple[int, int], density: float) -> int:
+    """Every so many rows are whole in a struct mask: as many masks of one family can stand beside each other."""
+    rows, columns = shape
+    wanted = count_of(shape, density)
+    # a row costs what it has beside the diagonal
+    whole = max(1, round((wanted - min(shape)) / max(columns - 1, 1)))
+    return max(1, rows // whole)
+
+
+def rand(
+    shape: tuple[int, int], density: float, *, seed: int = 0, name: str = "", bernoulli: bool = False
+) -> Int[Tensor, " nnz"]:
+    """Positions drawn without preference.
+
+    Args:
+        shape: ``(d_out, d_in)``.
+        density: Share of the weights.
+        seed: Of the draw.
+        name: The layer's: with one seed, layers of equal shapes get different masks, whatever the order of the calls.
+        bernoulli: Each position by itself, as in the paper (B.2); by default exactly :func:`count_of`.
+    """
+    seeded, total = np.random.default_rng([seed, zlib.crc32(name.encode())]), shape[0] * shape[1]
+    count = int(seeded.binomial(total, density)) if bernoulli else count_of(shape, density)
+    return _positions(torch.from_numpy(np.sort(seeded.choice(total, count, replace=False, shuffle=False))), shape)
+
+
+def wm(weight: Float[Tensor, "d_out d_in"], density: float, *, part: int = 0) -> Int[Tensor, " nnz"]:
+    """The largest magnitudes of the weight.
+
+    Args:
+        weight: The layer's.
+        density: Share of the weights.
+        part: 0 for the largest, 1 for the next as many, and so on: masks of a family that share nothing (section
+            5.3.2 of the paper).
+    """
+    return _largest(weight.abs(), density, part)
+
+
+def grad(gradient: Float[Tensor, "d_out d_in"], density: float, *, part: int = 0) -> Int[Tensor, " nnz"]:
+    """The largest magnitudes of the gradient; arguments as in :func:`wm`."""
+    return _largest(gradient.abs(), density, part)
+
+
+def snip(
+    weight: Float[Tensor, "d_out d_in"], gradient: Float[Tensor, "d_out d_in"], density: float, *, part: int = 0
+) -> Int[Tensor, " nnz"]:
+    """The largest ``|weight * gradient|`` (SNIP, arXiv:1810.02340); arguments as in :func:`wm`."""
+    return _largest((weight.float() * gradient.float()).abs(), density, part)
+
+
+def _largest(scores: Float[Tensor, "d_out d_in"], density: float, part: int) -> Int[Tensor, " nnz"]:
+    shape, flat = (int(scores.shape[0]), int(scores.shape[1])), scores.detach().flatten()
+    count = count_of(shape, density)
+    if part < 0 or (part + 1) * count > flat.numel():
+        raise AdapterBankError(f"part={part}: a layer of {flat.numel()} weights has no {part + 1} parts of {count}")
+    if not flat.isfinite().all():
+        raise AdapterBankError(
+            "a weight or gradient holds nan or inf, so it has no largest values; lower the loss's scale"
+        )
+    upto = _top(flat, (part + 1) * count)
+    if part:  # both are exact and deterministic, so the smaller set lies in the larger one
+        left = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
+        left[upto] = True
+        left[_top(flat, part * count)] = False
+        upto = left.nonzero()[:, 0]
+    return _positions(upto.cpu(), shape)
+
+
+def _top(flat: Float[Tensor, " total"], count: int) -> Int[Tensor, " count"]:
+    """Ascending positions of the ``count`` largest values; of equal ones the first."""
+    # a sort of all would take ten times as long
+    least = flat.topk(count, sorted=False).values.min()
+    above, tied = (flat > least).nonzero()[:, 0], (flat == least).nonzero()[:, 0]
+    return torch.cat([above, tied[: count - len(above)]]).sort().values
+
+
+def _positions(ascending: Int[Tensor, " nnz"], shape: tuple[int, int]) -> Int[Tensor, " nnz"]:
+    return ascending.to(torch.int32 if shape[0] * shape[1] <= LARGEST_INT32 else torch.int64)
