@@ -1,0 +1,248 @@
+"""A SHiRA adapter as data: for each changed parameter some positions and what is added there."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from adapterbank.adapters.names import check_name, match_modules
+from adapterbank.errors import AdapterError
+from adapterbank.shira.masks import LARGEST_INT32
+
+Shape = tuple[int, int]
+_HASHED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SparseUpdate:
+    """What is added to one parameter: ``W.view(-1)[positions] += alpha * values``.
+
+    Raises:
+        AdapterError: If positions don't ascend within the shape, or a value isn't finite.
+    """
+
+    positions: Int[Tensor, " nnz"]
+    """Flat, in row-major order, ascending: int32 where that reaches, else int64."""
+    values: Float[Tensor, " nnz"]
+    shape: Shape
+    """Of the parameter as the model has it: ``(d_out, d_in)`` of a Linear, the reverse of GPT-2's Conv1D."""
+    fingerprint: tuple[str, ...] | None = None
+    """Of the base model's values at the positions, see :func:`fingerprint_of`; none where no base was at hand."""
+
+    def __post_init__(self) -> None:
+        total, positions = self.shape[0] * self.shape[1], self.positions
+        if len(positions) and (int(positions[0]) < 0 or int(positions[-1]) >= total):
+            raise AdapterError(f"positions reach from {positions[0]} to {positions[-1]}, {self.shape} has {total}")
+        if not bool((positions.diff() > 0).all()):
+            raise AdapterError("positions must ascend without repetition; sort them with their values")
+        if not bool(self.values.isfinite().all()):
+            raise AdapterError("values hold nan or inf; take an earlier checkpoint")
+
+    @property
+    def density(self) -> float:
+        """Share of the parameter that is changed."""
+        return len(self.positions) / (self.shape[0] * self.shape[1])
+
+    def dense(self) -> Float[Tensor, "rows columns"]:
+        """The update as a matrix."""
+        found = torch.zeros(self.shape[0] * self.shape[1], dtype=self.values.dtype)
+        found[self.positions.long()] = self.values
+        return found.view(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SparseDelta:
+    """One adapter: updates of some parameters, and a task head where it has one.
+
+    Made by :meth:`from_tensors`, :meth:`load` (``shira/files.py``), or by conversion (``shira/convert.py``).
+    """
+
+    name: str
+    updates: Mapping[str, SparseUpdate]
+    """By the parameter's name in the base model, sorted, e.g. ``model.layers.0.self_attn.q_proj.weight``."""
+    base: str | None = None
+    """Id of the base model."""
+    mask: str | None = None
+    """How the positions were chosen: one of ``masks.KINDS``, or somebody else's word for it."""
+    seed: int | None = None
+    """Of a random mask."""
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors of modules that were trained whole, by name."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What a PEFT config says beside all this, e.g. ``task_type``."""
+
+    @classmethod
+    def from_tensors(
+        cls,
+        tensors: Mapping[str, tuple[Tensor, Tensor]],
+        shapes: Mapping[str, Shape],
+        *,
+        name: str = "adapter",
+        weights: Mapping[str, Tensor] | None = None,
+        **fields: Any,
+    ) -> "SparseDelta":
+        """Build a delta from positions and values in any order.
+
+        Args:
+            tensors: ``(flat positions, values)`` by parameter name.
+            shapes: Shape of each of these parameters.
+            name: Of the adapter.
+            weights: The base model's parameters: their values at the positions become the fingerprint.
+            fields: ``base``, ``mask``, ``seed``, ``extras`` and ``config``.
+
+        Raises:
+            AdapterError: If a shape is missing, positions repeat or lie outside, or values aren't finite.
+        """
+        updates = {}
+        for parameter in sorted(tensors):
+            if parameter not in shapes:
+                raise AdapterError(f"adapter {name!r}: the shape of {parameter} is missing")
+            positions, values = tensors[parameter]
+            if positions.shape != values.shape:
+                raise AdapterError(
+                    f"adapter {name!r}, {parameter}: {len(positions)} positions have {len(values)} values; there must "
+                    "be as many"
+                )
+            shape = (int(shapes[parameter][0]), int(shapes[parameter][1]))
+            order = positions.long().argsort()
+            fits = shape[0] * shape[1] <= LARGEST_INT32
+            ascending = positions[order].to("cpu", torch.int32 if fits else torch.int64)
+            try:
+                updates[parameter] = SparseUpdate(
+                    positions=ascending,
+                    values=values[order].detach().to("cpu"),
+                    shape=shape,
+                    fingerprint=None if weights is None else fingerprint_of(weights[parameter], ascending),
+                )
+            except AdapterError as error:
+                raise AdapterError(f"adapter {name!r}, {parameter}: {error}") from error
+        return cls(name=check_name(name), updates=updates, **fields)
+
+    @property
+    def nnz(self) -> int:
+        """Changed values of all parameters."""
+        return sum(len(update.positions) for update in self.updates.values())
+
+    @property
+    def density(self) -> float:
+        """Changed values over all values of the parameters that are changed at all."""
+        total = sum(update.shape[0] * update.shape[1] for update in self.updates.values())
+        return self.nnz / total if total else 0.0
+
+    # --- in place ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def apply_(self, model: nn.Module, *, alpha: float = 1.0, check: bool = True) -> dict[str, Tensor]:
+        """Add the update to a model's weights in place.
+
+        Args:
+            model: The base model; its names may have other leading parts than the adapter's.
+            alpha: Strength; 0 leaves the model as it is.
+            check: Compare the fingerprint of the base where the adapter has one.
+
+        Returns:
+            What was overwritten, for :meth:`restore_`. It, and nothing else, brings the base back bit for bit.
+
+        Raises:
+            AdapterError: If a parameter is missing, of another shape, no plain dense tensor, or another base model's.
+                Then no weight has changed.
+        """
+        weights = self.weights_in(model)
+        saved = {name: gathered(weights[name], update.positions) for name, update in self.updates.items()}
+        if check:
+            self.check_base(saved)
+        for name, update in self.updates.items():
+            # in float32: a product in bfloat16 would round twice
+            new = saved[name].float() + alpha * update.values.to(saved[name].device, torch.float32)
+            put_(weights[name], update.positions, new)
+        return saved
+
+    @torch.no_grad()
+    def restore_(self, model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+        """Write back what :meth:`apply_` returned."""
+        weights = self.weights_in(model)
+        for name, update in self.updates.items():
+            put_(weights[name], update.positions, saved[name])
+
+    def weights_in(self, model: nn.Module) -> dict[str, Tensor]:
+        """The model's tensor for each parameter of the delta.
+
+        Raises:
+            AdapterError: If one is missing, has another shape, or can't be changed in place.
+        """
+        where, present = f"adapter {self.name!r}", dict(model.named_parameters(remove_duplicate=False))
+        found, owners = dict[str, Tensor](), dict[int, str]()
+        places = match_modules(self.updates, present)
+        for name, update in self.updates.items():
+            if name not in places:
+                raise AdapterError(f"{where}: the model has no {name}; is it the base of this adapter?")
+            weight = present[places[name]]
+            if tuple(weight.shape) != update.shape:
+                raise AdapterError(
+                    f"{where}: {name} is {update.shape}, the model's {places[name]} {tuple(weight.shape)}; load the "
+                    "base of this adapter"
+                )
+            if not weight.is_floating_point() or not weight.is_contiguous() or weight.is_meta:
+                raise AdapterError(
+                    f"{where}: {places[name]} is no dense floating-point tensor of its own ({weight.dtype}, "
+                    f"{'meta' if weight.is_meta else 'strides ' + str(weight.stride())}); load the base unquantised"
+                )
+            if weight.data_ptr() in owners:
+                raise AdapterError(f"{where}: {name} and {owners[weight.data_ptr()]} are one tensor of the model: tied")
+            owners[weight.data_ptr()] = name
+            found[name] = weight
+        return found
+
+    def check_base(self, values: Mapping[str, Tensor]) -> None:
+        """Compare base values at the positions with the fingerprints.
+
+        Raises:
+            AdapterError: If they are another model's.
+        """
+        for name, update in self.updates.items():
+            if update.fingerprint is not None and not _same(update.fingerprint, _hashes(values[name])):
+                raise AdapterError(
+                    f"adapter {self.name!r}: {name} has other values than the base model it was made for"
+                    + (f", {self.base}" if self.base else "")
+                    + "; is another adapter applied or merged? load the base, or pass check=False"
+                )
+
+    def __repr__(self) -> str:
+        return (
+            f"SparseDelta({self.name!r}, base={self.base!r}, nnz={self.nnz:,}, density={self.density:.2%}, "
+            f"parameters={len(self.updates)})"
+        )
+
+
+def gathered(weight: Tensor, positions: Int[Tensor, " nnz"]) -> Float[Tensor, " nnz"]:
+    """A weight's values at flat positions."""
+    return weight.detach().view(-1).index_select(0, positions.to(weight.device))
+
+
+def put_(weight: Tensor, positions: Int[Tensor, " nnz"], values: Float[Tensor, " nnz"]) -> None:
+    """Overwrite a weight's values at flat positions."""
+    # scatter_ takes no int32, and is the fastest that overwrites
+    index = positions.to(weight.device, torch.int64)
+    weight.detach().view(-1).scatter_(0, index, values.to(weight.device, weight.dtype))
+
+
+def fingerprint_of(weight: Tensor, positions: Int[Tensor, " nnz"]) -> tuple[str, ...]:
+    """Hashes of a weight's values at the positions, as float32, bfloat16 and float16.
+
+    Two copies of one model in different precisions agree in at least one of them, the coarser one's. Only a float32
+    model that was rounded to float16 here and to bfloat16 there is not known again.
+    """
+    return _hashes(gathered(weight, positions))
+
+
+def _hashes(values: Float[Tensor, " nnz"]) -> tuple[str, ...]:
+    cast = (values.detach().cpu().to(dtype).contiguous().view(torch.uint8).numpy() for dtype in _HASHED)
+    return tuple(hashlib.sha256(part.tobytes()).hexdigest()[:16] for part in cast)
+
+
+def _same(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
+    return any(a == b for a, b in zip(one, other, strict=True))

@@ -1,0 +1,213 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from adapterbank.errors import AdapterError
+from adapterbank.shira import masks
+from adapterbank.shira.delta import SparseDelta
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+class Net(nn.Module):
+    """Two linears of different shapes, one of them deeper."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first = nn.Linear(30, 40)
+        self.body = nn.ModuleDict({"q": nn.Linear(40, 40, bias=False), "v": nn.Linear(40, 20)})
+
+
+def make_delta(model, *, seed=0, density=0.1, scale=0.1, only=("first.weight", "body.q.weight"), **fields):
+    """Random values at random positions."""
+    weights = dict(model.named_parameters())
+    tensors, drawn = {}, torch.Generator().manual_seed(seed)
+    for name in only:
+        positions = masks.rand(tuple(weights[name].shape), density, seed=seed, name=name)
+        tensors[name] = positions, scale * torch.randn(len(positions), generator=drawn)
+    shapes = {name: tuple(weights[name].shape) for name in only}
+    return SparseDelta.from_tensors(tensors, shapes, weights=weights, **fields)
+
+
+def copies(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def equal(model, before):
+    return all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+# --- in place ---------------------------------------------------------------------------------------------------------
+
+
+@dtypes
+def test_apply_adds_the_dense_update_and_restore_brings_back_every_bit(dtype):
+    model = Net().to(dtype)
+    delta, before = make_delta(model), copies(model)
+    saved = delta.apply_(model, alpha=0.7)
+    for name, parameter in model.named_parameters():
+        dense = delta.updates[name].dense() if name in delta.updates else torch.zeros_like(parameter).float()
+        assert torch.equal(parameter, (before[name].float() + 0.7 * dense).to(dtype))
+        touched = dense != 0
+        assert torch.equal(parameter[~touched], before[name][~touched])
+    delta.restore_(model, saved)
+    assert equal(model, before)
+
+
+@dtypes
+@given(order=st.lists(st.tuples(st.integers(0, 4), st.floats(-2, 2)), max_size=30))
+def test_any_order_of_adapters_leaves_the_base_as_it_was(dtype, order):
+    model = Net().to(dtype)
+    deltas, before = [make_delta(model, seed=i) for i in range(5)], copies(model)
+    for i, alpha in order:
+        saved = deltas[i].apply_(model, alpha=alpha)
+        deltas[i].restore_(model, saved)
+    assert equal(model, before)
+
+
+@dtypes
+def test_strength_zero_is_the_base(dtype):
+    model = Net().to(dtype)
+    before = copies(model)
+    make_delta(model).apply_(model, alpha=0.0)
+    assert equal(model, before)
+
+
+def test_a_model_inside_another_one_is_found_by_its_names():
+    model, before = Net(), copies(Net())
+    outer = nn.ModuleDict({"wrapped": model})
+    delta = make_delta(model, only=("body.q.weight",))
+    saved = delta.apply_(outer)
+    assert not torch.equal(model.body["q"].weight, before["body.q.weight"])
+    delta.restore_(outer, saved)
+    assert equal(model, before)
+
+
+# --- refused, and nothing has changed ---------------------------------------------------------------------------------
+
+
+@dtypes
+@pytest.mark.parametrize("stored", DTYPES, ids=str)
+def test_the_base_is_known_again_in_another_precision(dtype, stored):
+    there, other = Net().to(stored).to(dtype), Net(seed=1).to(stored).to(dtype)
+    delta = make_delta(Net().to(stored))
+    delta.apply_(there)
+    before = copies(other)
+    with pytest.raises(AdapterError, match=r"first\.weight has other values|body\.q\.weight has other values"):
+        delta.apply_(other)
+    assert equal(other, before)
+    delta.apply_(other, check=False)
+    assert not equal(other, before)
+
+
+def test_one_other_value_at_a_position_is_another_base():
+    model = Net()
+    delta = make_delta(model)
+    with torch.no_grad():
+        model.body["q"].weight.view(-1)[int(delta.updates["body.q.weight"].positions[3])] += 1e-3
+    before = copies(model)
+    with pytest.raises(AdapterError, match="is another adapter applied"):
+        delta.apply_(model)
+    assert equal(model, before)
+
+
+def transposed(model):
+    model.first.weight = nn.Parameter(model.first.weight.detach().T.contiguous().T)
+
+
+def quantised(model):
+    model.first.weight = nn.Parameter(torch.zeros(40, 30, dtype=torch.int8), requires_grad=False)
+
+
+def on_meta(model):
+    model.first.to("meta")
+
+
+def tied(model):
+    model.body["k"] = model.body["q"]
+
+
+def wider(model):
+    model.first = nn.Linear(31, 40)
+
+
+def gone(model):
+    del model.first
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (transposed, r"no dense floating-point tensor of its own \(torch\.float32, strides"),
+        (quantised, r"no dense floating-point tensor of its own \(torch\.int8"),
+        (on_meta, "meta"),
+        (wider, r"first\.weight is \(40, 30\), the model's first\.weight \(40, 31\)"),
+        (gone, r"the model has no first\.weight"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused(change, message):
+    model = Net()
+    delta = make_delta(model)
+    change(model)
+    before = copies(model)
+    with pytest.raises(AdapterError, match=message):
+        delta.apply_(model)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if not p.is_meta)
+
+
+def test_two_names_of_one_tensor_are_refused():
+    model = Net()
+    tied(model)
+    update = make_delta(model, only=("body.q.weight",)).updates["body.q.weight"]
+    delta = SparseDelta(name="both", updates={"body.k.weight": update, "body.q.weight": update})
+    with pytest.raises(AdapterError, match="are one tensor of the model: tied"):
+        delta.apply_(model)
+
+
+# --- from tensors -----------------------------------------------------------------------------------------------------
+
+
+def test_positions_may_come_in_any_order_and_width():
+    model = Net()
+    delta = make_delta(model)
+    update = delta.updates["first.weight"]
+    order = torch.randperm(len(update.positions))
+    again = SparseDelta.from_tensors(
+        {"first.weight": (update.positions.long()[order], update.values[order])}, {"first.weight": (40, 30)}
+    )
+    assert torch.equal(again.updates["first.weight"].positions, update.positions)
+    assert torch.equal(again.updates["first.weight"].values, update.values)
+    assert again.updates["first.weight"].positions.dtype == torch.int32
+    assert (again.nnz, again.density) == (120, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("positions", "values", "message"),
+    [
+        ([1, 1], [0.0, 1.0], "ascend without repetition"), ([-1, 3], [0.0, 1.0], "reach from -1 to 3"),
+        ([0, 12], [0.0, 1.0], r"reach from 0 to 12, \(3, 4\) has 12"), ([0, 1], [0.0, math.nan], "nan or inf"),
+    ],
+)  # fmt: skip
+def test_impossible_positions_and_values_are_refused(positions, values, message):
+    with pytest.raises(AdapterError, match=message):
+        SparseDelta.from_tensors({"a.weight": (torch.tensor(positions), torch.tensor(values))}, {"a.weight": (3, 4)})
+
+
+def test_a_missing_shape_and_unequal_lengths_are_refused():
+    with pytest.raises(AdapterError, match=r"the shape of a\.weight is missing"):
+        SparseDelta.from_tensors({"a.weight": (torch.tensor([1]), torch.tensor([1.0]))}, {})
+    with pytest.raises(AdapterError, match=r"a\.weight: 2 positions have 1 values"):
+        SparseDelta.from_tensors({"a.weight": (torch.tensor([1, 2]), torch.tensor([1.0]))}, {"a.weight": (3, 4)})
+
+
+def test_a_delta_says_what_it_is():
+    delta = make_delta(Net(), base="org/base", name="law")
+    assert repr(delta) == "SparseDelta('law', base='org/base', nnz=280, density=10.00%, parameters=2)"
+    assert replace(delta, updates={}).density == 0.0
