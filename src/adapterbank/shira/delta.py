@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +42,25 @@ class SparseUpdate:
             raise AdapterError("positions must ascend without repetition; sort them with their values")
         if not bool(self.values.isfinite().all()):
             raise AdapterError("values hold nan or inf; take an earlier checkpoint")
+
+    @classmethod
+    def of(cls, positions: Tensor, values: Tensor, shape: Shape) -> "SparseUpdate":
+        """Of positions in any order and integer type, ``(nnz,)``.
+
+        Raises:
+            AdapterError: If there aren't as many values, they repeat or lie outside, or a value isn't finite.
+        """
+        if positions.shape != values.shape or positions.ndim != 1:
+            raise AdapterError(
+                f"positions are {positions.dtype} {tuple(positions.shape)}, values {values.dtype} "
+                f"{tuple(values.shape)}; there must be as many"
+            )
+        if positions.dtype not in (torch.int32, torch.int64) or not values.is_floating_point():
+            raise AdapterError(f"positions are {positions.dtype}, values {values.dtype}; give integers and floats")
+        order = positions.long().argsort()
+        checked = cls(positions=positions[order].long().cpu(), values=values[order].detach().cpu(), shape=shape)
+        narrow = shape[0] * shape[1] <= LARGEST_INT32
+        return replace(checked, positions=checked.positions.to(torch.int32)) if narrow else checked
 
     @property
     def density(self) -> float:
@@ -101,25 +121,14 @@ class SparseDelta:
         for parameter in sorted(tensors):
             if parameter not in shapes:
                 raise AdapterError(f"adapter {name!r}: the shape of {parameter} is missing")
-            positions, values = tensors[parameter]
-            if positions.shape != values.shape:
-                raise AdapterError(
-                    f"adapter {name!r}, {parameter}: {len(positions)} positions have {len(values)} values; there must "
-                    "be as many"
-                )
             shape = (int(shapes[parameter][0]), int(shapes[parameter][1]))
-            order = positions.long().argsort()
-            fits = shape[0] * shape[1] <= LARGEST_INT32
-            ascending = positions[order].to("cpu", torch.int32 if fits else torch.int64)
             try:
-                updates[parameter] = SparseUpdate(
-                    positions=ascending,
-                    values=values[order].detach().to("cpu"),
-                    shape=shape,
-                    fingerprint=None if weights is None else fingerprint_of(weights[parameter], ascending),
-                )
+                update = SparseUpdate.of(*tensors[parameter], shape)
             except AdapterError as error:
                 raise AdapterError(f"adapter {name!r}, {parameter}: {error}") from error
+            if weights is not None:
+                update = replace(update, fingerprint=fingerprint_of(weights[parameter], update.positions))
+            updates[parameter] = update
         return cls(name=check_name(name), updates=updates, **fields)
 
     @property
@@ -132,6 +141,21 @@ class SparseDelta:
         """Changed values over all values of the parameters that are changed at all."""
         total = sum(update.shape[0] * update.shape[1] for update in self.updates.values())
         return self.nnz / total if total else 0.0
+
+    # --- on disk ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, source: str | Path | Mapping[str, Tensor], **options: Any) -> "SparseDelta":
+        """Open a sparse adapter: ours, or PEFT's SHiRA or Super-Tuning; see :func:`adapterbank.shira.files.load`."""
+        from adapterbank.shira.files import load
+
+        return load(source, **options)
+
+    def save(self, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write a directory that PEFT's layout has; see :func:`adapterbank.shira.files.save`."""
+        from adapterbank.shira.files import save
+
+        save(self, directory, dtype=dtype)
 
     # --- in place ---------------------------------------------------------------------------------------------------
 
