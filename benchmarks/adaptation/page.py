@@ -84,7 +84,7 @@ def _main(main: Part) -> list[str]:
         "what choosing directions costs before training beyond LoRA's own start, in its steps' CPU time. Memory in "
         "training is measured [elsewhere](training.md).",
         table(header, rows),
-        "![Accuracy by trained values](../pictures/adaptation-parameters.svg)",
+        "![Accuracy by method](../pictures/adaptation-accuracy.svg)",
         verdict(main),
     ]
 

@@ -1,4 +1,4 @@
-"""The study's pictures: loss by step, accuracy by trained values."""
+"""The study's pictures: loss by step, accuracy by method, loss by basis."""
 
 import re
 from pathlib import Path
@@ -38,7 +38,7 @@ def draw(folder: Path) -> None:
     if main.lines:
         folder.mkdir(parents=True, exist_ok=True)
         _convergence(main, folder / "adaptation-convergence.svg")
-        _parameters(main, folder / "adaptation-parameters.svg")
+        _accuracies(main, folder / "adaptation-accuracy.svg")
     if all(Part.read(name).lines for name in BASES):
         _bases(folder / "adaptation-basis.svg")
 
@@ -65,21 +65,23 @@ def _convergence(main: Part, path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def _parameters(main: Part, path: Path) -> None:
+def _accuracies(main: Part, path: Path) -> None:
     from matplotlib.figure import Figure
 
+    names = sorted(main.cells, key=main.mean)
     figure = Figure(figsize=(8.4, 4.4), layout="constrained")
     axis = figure.subplots()
     _frame(axis)
-    axis.set_xscale("symlog", linthresh=1000)
-    for name in main.cells:
-        x, y = main.mean(name, "trained"), main.mean(name)
-        error = main.difference(name, LORA).error
+    axis.axvline(main.mean(LORA), color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
+    for place, name in enumerate(names):
         color = BANK if name in OURS else INK
-        axis.errorbar([x], [y], yerr=error or None, fmt="o", color=color, markersize=5, capsize=2)
-        axis.annotate(name, (x, y), (7, 3), textcoords="offset points", color=color, fontsize=8.5)
-    axis.set_xlabel("trained values beside the head", color=INK)
-    axis.set_ylabel("mean accuracy; bars: s.e. of the difference to LoRA r=8", color=INK, fontsize=9)
+        error = main.difference(name, LORA).error
+        axis.errorbar([main.mean(name)], [place], xerr=error or None, fmt="o", color=color, markersize=6, capsize=2.5)
+    axis.set_yticks(range(len(names)), [f"{name}   {main.mean(name, 'trained'):,.0f}" for name in names])
+    for label, name in zip(axis.get_yticklabels(), names, strict=True):
+        label.set_color(BANK if name in OURS else INK)
+    axis.set_xlabel("mean accuracy; bars: standard error of the paired difference to LoRA r=8", color=INK, fontsize=9)
+    axis.set_title("values trained beside the head", loc="left", x=-0.34, color=MUTED, fontsize=9)
     figure.savefig(path, metadata={"Date": None})
 
 
