@@ -47,7 +47,10 @@ TABLE = {
         third={"peft", "transformers", "safetensors", "accelerate", "huggingface_hub"},
     ),
     "shira": Rule(
-        parts={"adapters", "subspace", "errors"}, third={"numpy", "safetensors", "peft"}, only_in={"peft": "tuner"}
+        parts={"adapters", "subspace", "errors"},
+        third={"numpy", "safetensors", "peft"},
+        lazy={"numba"},
+        only_in={"peft": "tuner", "numba": "sampling"},
     ),
     "runtime": Rule(parts={"bank", "adapters", "shira", "errors"}, lazy={"transformers", "triton"}),
     "serve": Rule(

@@ -20,6 +20,7 @@ NEED_EXTRAS = {
 # what the extras bring, and what that brings in turn
 EXTRAS = {
     *("peft", "transformers", "accelerate", "tokenizers", "huggingface_hub", "hf_xet"),
+    *("numba", "llvmlite"),
     *("matplotlib", "PIL", "sklearn", "scipy", "pandas", "datasets", "diffusers", "ray"),
     *("fastapi", "starlette", "uvicorn", "vllm", "lorashare", "vlora"),
     *("beartype", "hypothesis", "pytest"),
