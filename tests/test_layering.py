@@ -27,11 +27,26 @@ class Rule:
     """Package -> the one file, relative to the part, that may import it; ``"*"`` is one file of any name."""
 
 
-EVERYTHING = {"adapters", "subspace", "codec", "bank", "tuner", "shira", "runtime", "serve", "report", "demo", "errors"}
+EVERYTHING = {
+    "peft_type",
+    "adapters",
+    "subspace",
+    "codec",
+    "bank",
+    "tuner",
+    "shira",
+    "runtime",
+    "serve",
+    "report",
+    "demo",
+    "errors",
+}
 EXTRAS = {"peft", "transformers", "accelerate", "huggingface_hub", "matplotlib", "sklearn", "scipy", "datasets"}
 
 TABLE = {
     "errors": Rule(),
+    # registers our methods with PEFT
+    "peft_type": Rule(parts={"errors"}, third={"peft"}),
     "adapters": Rule(
         parts={"errors"},
         third={"safetensors"},
@@ -43,14 +58,14 @@ TABLE = {
     "bank": Rule(parts={"adapters", "subspace", "codec", "errors"}, third={"numpy", "safetensors"}),
     # adapters and codec too: what it trains leaves as an ordinary adapter, and gradient directions are stored packed
     "tuner": Rule(
-        parts={"bank", "adapters", "subspace", "codec", "errors"},
+        parts={"peft_type", "bank", "adapters", "subspace", "codec", "errors"},
         third={"peft", "transformers", "safetensors", "accelerate", "huggingface_hub"},
     ),
     "shira": Rule(
-        parts={"adapters", "subspace", "errors"},
-        third={"numpy", "safetensors", "peft"},
+        parts={"peft_type", "adapters", "subspace", "errors"},
+        third={"numpy", "safetensors", "peft", "transformers"},
         lazy={"numba"},
-        only_in={"peft": "tuner", "numba": "sampling"},
+        only_in={"peft": "tuner", "transformers": "tuner", "peft_type": "tuner", "numba": "sampling"},
     ),
     "runtime": Rule(parts={"bank", "adapters", "shira", "errors"}, lazy={"transformers", "triton"}),
     "serve": Rule(

@@ -12,6 +12,7 @@ import sys
 # the parts whose reason to exist is an extra
 NEED_EXTRAS = {
     "adapterbank.demo",
+    "adapterbank.peft_type",
     "adapterbank.report.plots",
     "adapterbank.serve",
     "adapterbank.shira.tuner",

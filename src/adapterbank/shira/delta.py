@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adapterbank.adapters.names import check_name, match_modules
 from adapterbank.errors import AdapterError
-from adapterbank.shira.masks import LARGEST_INT32
+from adapterbank.shira.masks import dtype_of
 
 Shape = tuple[int, int]
 _HASHED = (torch.float32, torch.bfloat16, torch.float16)
@@ -59,8 +59,7 @@ class SparseUpdate:
             raise AdapterError(f"positions are {positions.dtype}, values {values.dtype}; give integers and floats")
         order = positions.long().argsort()
         checked = cls(positions=positions[order].long().cpu(), values=values[order].detach().cpu(), shape=shape)
-        narrow = shape[0] * shape[1] <= LARGEST_INT32
-        return replace(checked, positions=checked.positions.to(torch.int32)) if narrow else checked
+        return replace(checked, positions=checked.positions.to(dtype_of(shape)))
 
     @property
     def density(self) -> float:
@@ -228,7 +227,7 @@ class SparseDelta:
             AdapterError: If they are another model's.
         """
         for name, update in self.updates.items():
-            if update.fingerprint is not None and not _same(update.fingerprint, _hashes(values[name])):
+            if update.fingerprint is not None and not check_fingerprint(update.fingerprint, _hashes(values[name])):
                 raise AdapterError(
                     f"adapter {self.name!r}: {name} has other values than the base model it was made for"
                     + (f", {self.base}" if self.base else "")
@@ -268,5 +267,6 @@ def _hashes(values: Float[Tensor, " nnz"]) -> tuple[str, ...]:
     return tuple(hashlib.sha256(part.tobytes()).hexdigest()[:16] for part in cast)
 
 
-def _same(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
+def check_fingerprint(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
+    """Whether two fingerprints can be of one base model."""
     return any(a == b for a, b in zip(one, other, strict=True))

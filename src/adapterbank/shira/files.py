@@ -179,9 +179,12 @@ def save(delta: SparseDelta, directory: str | Path, *, dtype: torch.dtype | None
     kind = _nearest(delta) if dtype is None else dtype
     tensors, updates = _tensors(delta, LAYOUTS[TYPE], kind), _by_layer(delta)
     config = _config(delta, TYPE) | {
+        "density": delta.density,
         "mask": delta.mask,
-        "seed": delta.seed,
+        "seed": delta.seed or 0,
+        "is_saved": True,
         "shapes": {layer: list(update.shape) for layer, update in updates.items()},
+        "counts": {layer: len(update.positions) for layer, update in updates.items()},
         "fingerprints": {layer: list(u.fingerprint) for layer, u in updates.items() if u.fingerprint is not None},
     }
     write_directory(Path(directory), config, tensors, f"adapter {delta.name!r}")

@@ -132,4 +132,9 @@ def _top(flat: Float[Tensor, " total"], count: int) -> Int[Tensor, " count"]:
 
 
 def _positions(ascending: Int[Tensor, " nnz"], shape: tuple[int, int]) -> Int[Tensor, " nnz"]:
-    return ascending.to(torch.int32 if shape[0] * shape[1] <= LARGEST_INT32 else torch.int64)
+    return ascending.to(dtype_of(shape))
+
+
+def dtype_of(shape: tuple[int, int]) -> torch.dtype:
+    """Of a layer's positions."""
+    return torch.int32 if shape[0] * shape[1] <= LARGEST_INT32 else torch.int64

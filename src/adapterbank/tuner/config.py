@@ -13,7 +13,7 @@ from adapterbank.adapters.task import TRAINED
 from adapterbank.bank import Bank
 from adapterbank.codec.rows import ROW_BITS
 from adapterbank.errors import AdapterBankError
-from adapterbank.tuner.peft_type import add_peft_type
+from adapterbank.peft_type import add_peft_type
 
 NAME = "EIGENLORAX"
 PREFIX = "eig_"

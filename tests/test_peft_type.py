@@ -8,8 +8,8 @@ import pytest
 from peft import PeftType
 
 from adapterbank.errors import AdapterBankError
+from adapterbank.peft_type import add_peft_type, register
 from adapterbank.tuner import EigenLoraConfig
-from adapterbank.tuner.peft_type import add_peft_type, register
 
 
 def test_the_member_is_one_like_any_other():

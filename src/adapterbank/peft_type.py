@@ -28,7 +28,7 @@ def add_peft_type(name: str) -> PeftType:
     version = tuple(int(part) for part in peft.__version__.split(".")[:2])
     if version < NEEDED:
         raise AdapterBankError(
-            f"training in a bank needs peft >= {'.'.join(map(str, NEEDED))}, this is {peft.__version__}; upgrade peft"
+            f"adapterbank needs peft >= {'.'.join(map(str, NEEDED))}, this is {peft.__version__}; upgrade peft"
         )
     if name in PeftType.__members__:
         return PeftType[name]

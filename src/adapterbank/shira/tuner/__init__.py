@@ -1,0 +1,11 @@
+"""Training sparse adapters by PEFT. Importing this package makes the method known to PEFT."""
+
+from adapterbank.peft_type import register
+from adapterbank.shira.files import TYPE
+from adapterbank.shira.tuner.config import PREFIX, ShiraTunerConfig
+from adapterbank.shira.tuner.layer import SparseLayer
+from adapterbank.shira.tuner.model import ShiraTunerModel
+
+register(TYPE, ShiraTunerConfig, ShiraTunerModel, PREFIX)
+
+__all__ = ["ShiraTunerConfig", "ShiraTunerModel", "SparseLayer"]

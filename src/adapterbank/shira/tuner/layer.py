@@ -1,0 +1,241 @@
+"""A linear layer of which some weights are trained, as a PEFT tuner layer."""
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from adapterbank.errors import AdapterBankError, AdapterError
+from adapterbank.shira import masks
+from adapterbank.shira.delta import check_fingerprint, fingerprint_of, gathered, put_
+from adapterbank.shira.tuner.config import ShiraTunerConfig
+from adapterbank.shira.tuner.ops import sparse_linear
+
+
+class SparseLayer(BaseTunerLayer):
+    """``y = (W + S) x + b``: of ``S`` a few values are trained, at fixed positions; ``W`` is the base model's."""
+
+    adapter_layer_names: tuple[str, ...] = ("sparse_values",)
+    other_param_names: tuple[str, ...] = ("sparse_positions", "scaling", "expected")
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        """Wrap a ``Linear`` or GPT-2's ``Conv1D``.
+
+        Raises:
+            AdapterBankError: If it is another layer, or its weight is no dense floating-point tensor of its own.
+        """
+        self.base_layer = base_layer
+        inner, weight = self.get_base_layer(), getattr(self.get_base_layer(), "weight", None)
+        self.is_conv1d = isinstance(inner, Conv1D)
+        if not isinstance(inner, (nn.Linear, Conv1D)) or not isinstance(weight, Tensor):
+            raise AdapterBankError(f"{type(inner).__name__} is no linear layer; sparse adapters change those only")
+        if not weight.is_floating_point() or not weight.is_contiguous():
+            raise AdapterBankError(
+                f"the weight of {type(inner).__name__} is {weight.dtype} with strides {weight.stride()}: it can't be "
+                "changed in place; load the base model unquantised"
+            )
+        rows, columns = weight.shape
+        self.in_features, self.out_features = (rows, columns) if self.is_conv1d else (columns, rows)
+        self.sparse_values = nn.ParameterDict()
+        self.sparse_positions = BufferDict(persistent=True)
+        self.scaling: dict[str, float] = {}
+        self.expected: dict[str, tuple[str, ...]] = {}
+        """Fingerprints of loaded adapters whose base was not compared yet."""
+        self.merged_adapters: list[str] = []
+        self._overwritten: list[Tensor] = []
+        """What merged adapters have overwritten, in the order of ``merged_adapters``."""
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight, as the base layer has it."""
+        rows, columns = self.get_base_layer().weight.shape
+        return int(rows), int(columns)
+
+    def update_layer(self, adapter_name: str, config: ShiraTunerConfig, key: str) -> None:
+        """Add an adapter that changes nothing yet.
+
+        Args:
+            adapter_name: Its name.
+            config: Of the adapter.
+            key: The layer's name in the model.
+        """
+        self.scaling[adapter_name] = 1.0
+        if config.is_saved:  # the file brings the positions
+            self.put_in(adapter_name, torch.zeros(_count(config, key), dtype=masks.dtype_of(self.shape)))
+            found = (config.fingerprints or {}).get(key)
+            if found is not None:
+                self.expected[adapter_name] = tuple(found)
+        elif config.mask in masks.GRADIENT_KINDS:
+            self.put_in(adapter_name, torch.zeros(0, dtype=masks.dtype_of(self.shape)))
+        else:
+            self.put_in(adapter_name, self._chosen(config, key))
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _chosen(self, config: ShiraTunerConfig, key: str) -> Tensor:
+        if config.mask == "struct":
+            return masks.struct(self.shape, config.density, offset=config.offset)
+        if config.mask == "rand":
+            return masks.rand(self.shape, config.density, seed=config.seed, name=key)
+        return masks.wm(self.get_base_layer().weight, config.density, part=config.part)
+
+    def put_in(self, adapter_name: str, positions: Tensor) -> None:
+        """Give an adapter its positions, and values of zero; trained if it was."""
+        there = self.sparse_values.get(adapter_name)
+        device = self.get_base_layer().weight.device
+        self.sparse_positions[adapter_name] = positions.to(device)
+        values = torch.zeros(len(positions), device=device)
+        self.sparse_values[adapter_name] = nn.Parameter(values, requires_grad=there is None or there.requires_grad)
+
+    def fingerprint(self, adapter_name: str) -> tuple[str, ...]:
+        """Of the base weight at an adapter's positions."""
+        return fingerprint_of(self.get_base_layer().weight, self.sparse_positions[adapter_name])
+
+    # --- the update ---------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer on the changed weight."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = [name for name in self.active_adapters if name in self.sparse_values]
+        if self.disable_adapters or self.merged or not names:
+            output: Tensor = self.base_layer(x, *args, **kwargs)
+            return output
+        self._check(names)
+        positions, values = self._together(names)
+        base = self.get_base_layer()
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        result: Tensor = sparse_linear(x, values, base.weight, base.bias, positions, self.is_conv1d)
+        return result
+
+    def _check(self, names: list[str]) -> None:
+        for name in names:
+            if not len(self.sparse_positions[name]) and self.training:
+                raise AdapterBankError(
+                    f"adapter {name!r} has no positions yet: its mask is chosen by the task's gradient; call "
+                    "adapterbank.shira.calibrate(model, batches) before training"
+                )
+            if name in self.expected:
+                self.check_base(name)
+
+    def check_base(self, adapter_name: str) -> None:
+        """Compare the base weight with a loaded adapter's fingerprint, once.
+
+        Raises:
+            AdapterError: If it is another model's.
+        """
+        expected = self.expected[adapter_name]
+        if not check_fingerprint(expected, self.fingerprint(adapter_name)):
+            raise AdapterError(
+                f"adapter {adapter_name!r} was made for a base model with other weights; load the one it was trained on"
+            )
+        del self.expected[adapter_name]
+
+    def _together(self, names: list[str]) -> tuple[Tensor, Tensor]:
+        """Positions and values of the active adapters' sum."""
+        positions = [self.sparse_positions[name] for name in names]
+        values = [self._scaled(name) for name in names]
+        if len(names) == 1:
+            return positions[0], values[0]
+        union, place = torch.unique(torch.cat(positions), return_inverse=True)
+        every = torch.cat(values)
+        return union, every.new_zeros(len(union)).index_add(0, place, every)
+
+    def _scaled(self, name: str) -> Tensor:
+        values: Tensor = self.sparse_values[name]
+        return values if self.scaling[name] == 1 else self.scaling[name] * values
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The dense update in the base weight's own orientation."""
+        values = self._scaled(adapter)
+        found = values.new_zeros(self.shape[0] * self.shape[1])
+        return found.index_put((self.sparse_positions[adapter].long(),), values).view(self.shape)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Never: its rank is as high as the layer allows; see ``SparseDelta.to_lora``."""
+        return False
+
+    # --- scale, as diffusers and PEFT's helpers expect it -------------------------------------------------------------
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Strength of an adapter; 1 is what it was trained with."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of all active adapters."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scale of all active adapters, or set it back."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = 1.0 if scale is None else self.scaling[name] / scale
+
+    # --- merging ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the values into the base weight, for good or until :meth:`unmerge`, which brings back every bit.
+
+        Args:
+            safe_merge: Look at the new values first.
+            adapter_names: By default all active ones.
+
+        Raises:
+            ValueError: If a merged weight is not finite, with ``safe_merge``.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.sparse_values:
+                continue
+            if name in self.expected:
+                self.check_base(name)
+            weight, positions = self.get_base_layer().weight.data, self.sparse_positions[name]
+            saved = gathered(weight, positions)
+            new = (saved.float() + self._scaled(name).float()).to(weight.dtype)
+            if safe_merge and not new.isfinite().all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            put_(weight, positions, new)
+            self.merged_adapters.append(name)
+            self._overwritten.append(saved)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Write back what was overwritten, last first."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            put_(self.get_base_layer().weight.data, self.sparse_positions[name], self._overwritten.pop())
+
+
+class Linear(nn.Module, SparseLayer):
+    """``torch.nn.Linear`` and transformers' ``Conv1D`` with a sparse update."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: ShiraTunerConfig, key: str) -> None:
+        """Wrap ``base_layer`` and add the first adapter."""
+        super().__init__()
+        SparseLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, key)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """See :meth:`SparseLayer.forward`."""
+        return SparseLayer.forward(self, x, *args, **kwargs)
+
+    def __repr__(self) -> str:
+        return "sparse_shira." + super().__repr__()
+
+
+def _count(config: ShiraTunerConfig, key: str) -> int:
+    if key not in (config.counts or {}):
+        raise AdapterError(f"the adapter's config says nothing of {key}; copy adapter_config.json again")
+    return int((config.counts or {})[key])

@@ -1,0 +1,94 @@
+"""A linear layer on a weight with changed values, as two operators of torch: forward, and its gradients.
+
+The values are written into the weight for the time of a product and taken back: no copy of the weight is made or saved,
+and between two calls the weight is the base model's, bit for bit. Both operators are opaque to ``torch.compile``.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adapterbank.shira.sampling import sampled_gradient
+
+
+@contextmanager
+def written(weight: Tensor, positions: Tensor, values: Tensor) -> Iterator[None]:
+    """Add values to a weight's entries, and put back what was there."""
+    flat = weight.data.view(-1)  # .data: a write that's taken back is none to autograd
+    index = positions.long()  # scatter_ takes no int32
+    base = flat.index_select(0, index)
+    flat.scatter_(0, index, (base.float() + values.float()).to(flat.dtype))
+    try:
+        yield
+    finally:
+        flat.scatter_(0, index, base)
+
+
+@torch.library.custom_op("adapterbank::sparse_linear", mutates_args=())
+def sparse_linear(
+    x: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, transposed: bool
+) -> Tensor:
+    """Semantics: ``x @ (W + S).T + bias``, with ``S.view(-1)[positions] = values`` and ``W`` as it was afterwards.
+
+    Args:
+        x: ``(..., d_in)``.
+        values: ``(nnz,)``, in any float type.
+        weight: ``(d_out, d_in)``; with ``transposed`` ``(d_in, d_out)``, as GPT-2's Conv1D has it.
+        bias: ``(d_out,)``.
+        positions: ``(nnz,)``, flat positions in ``weight``, ascending.
+        transposed: Which way the weight is stored.
+    """
+    with written(weight, positions, values):
+        matrix = weight.to(x.dtype)
+        return F.linear(x, matrix.T if transposed else matrix, None if bias is None else bias.to(x.dtype))
+
+
+@sparse_linear.register_fake
+def _(x: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, transposed: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[1 if transposed else 0]))
+
+
+@torch.library.custom_op("adapterbank::sparse_linear_backward", mutates_args=())
+def sparse_linear_backward(
+    g: Tensor, x: Tensor, values: Tensor, weight: Tensor, positions: Tensor, transposed: bool, needed: list[bool]
+) -> list[Tensor]:
+    """Gradients of ``x`` and of ``values``; an empty one where it isn't needed."""
+    grad_x, grad_values = x.new_empty(0), values.new_empty(0)
+    if needed[0]:
+        with written(weight, positions, values):
+            matrix = weight.to(g.dtype)
+            grad_x = (g @ (matrix.T if transposed else matrix)).to(x.dtype)
+    if needed[1]:
+        tokens, seen = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+        pair = (seen, tokens) if transposed else (tokens, seen)
+        grad_values = sampled_gradient(*pair, positions).to(values.dtype)
+    return [grad_x, grad_values]
+
+
+@sparse_linear_backward.register_fake
+def _(
+    g: Tensor, x: Tensor, values: Tensor, weight: Tensor, positions: Tensor, transposed: bool, needed: list[bool]
+) -> list[Tensor]:
+    empty = (x.new_empty(0), values.new_empty(0))
+    return [torch.empty_like(t) if n else e for t, n, e in zip((x, values), needed, empty, strict=True)]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, weight, bias, positions, ctx.transposed = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, values, weight, positions)
+
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    x, values, weight, positions = ctx.saved_tensors
+    needed = [bool(ctx.needs_input_grad[0]), bool(ctx.needs_input_grad[1])]
+    grad_x, grad_values = sparse_linear_backward(g, x, values, weight, positions, ctx.transposed, needed)
+    grad_bias = g.reshape(-1, g.shape[-1]).sum(0) if ctx.has_bias and ctx.needs_input_grad[3] else None
+    return grad_x if needed[0] else None, grad_values if needed[1] else None, None, grad_bias, None, None
+
+
+sparse_linear.register_autograd(_backward, setup_context=_save)

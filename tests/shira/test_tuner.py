@@ -1,0 +1,405 @@
+"""Every behaviour that users of PEFT expect of a method, of sparse adapters."""
+
+import copy
+import json
+import pickle
+
+import jaxtyping
+import pytest
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from adapterbank.errors import AdapterBankError, AdapterError
+from adapterbank.shira.delta import SparseDelta
+from adapterbank.shira.tuner import ShiraTunerConfig, SparseLayer
+from tiny_models import MODELS, TARGETS, gpt2, llama
+
+MASKS = {"wm": {}, "rand": {"mask": "rand", "seed": 3}, "struct": {"mask": "struct"}, "part": {"part": 1}}
+
+
+@pytest.fixture(params=MASKS)
+def fields(request):
+    return MASKS[request.param]
+
+
+@pytest.fixture
+def inputs():
+    seeded = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 50, (4, 7), generator=seeded)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def config(**fields):
+    return ShiraTunerConfig(**{"density": 0.1, "target_modules": list(TARGETS["llama"]), **fields})
+
+
+def perturb(model, adapter_name="default", seed=0):
+    seeded = torch.Generator().manual_seed(seed)
+    for layer in layers(model):
+        values = layer.sparse_values[adapter_name]
+        values.data += 0.3 * torch.randn(values.shape, generator=seeded)
+    return model
+
+
+@pytest.fixture
+def model(fields):
+    """A causal model with an adapter as if trained."""
+    return perturb(get_peft_model(llama(), config(task_type="CAUSAL_LM", **fields))).eval()
+
+
+def logits(model, inputs, **kwargs):
+    with torch.no_grad():
+        return model(**inputs, **kwargs).logits
+
+
+def layers(model):
+    return [m for m in model.modules() if isinstance(m, SparseLayer)]
+
+
+def weights(model):
+    """Of the base, whatever it is wrapped in."""
+    names = ((n.removeprefix("base_model.model.").replace(".base_layer", ""), p) for n, p in model.named_parameters())
+    return {name: p.detach().clone() for name, p in names if "sparse_" not in name}
+
+
+def untouched(model):
+    base = weights(llama())
+    return all(torch.equal(value, base[name]) for name, value in weights(model).items())
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_untrained_adapter_is_the_base_model(inputs, fields):
+    model = get_peft_model(llama(), config(**fields)).eval()
+    torch.testing.assert_close(logits(model, inputs), logits(llama(), inputs), rtol=0, atol=1e-6)
+
+
+def test_only_the_values_are_trained_and_their_number_is_exact(model):
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert all(".sparse_values." in name for name in trained)
+    if model.peft_config["default"].mask != "struct":
+        assert all(p.numel() == round(0.1 * m.shape[0] * m.shape[1])
+                   for p, m in zip(trained.values(), layers(model), strict=True))  # fmt: skip
+
+
+def test_the_layer_is_the_base_layer_on_the_changed_weight(model):
+    layer = layers(model)[0]
+    x = torch.randn(3, 5, layer.in_features, requires_grad=True)
+    changed = copy.deepcopy(layer.base_layer)
+    changed.weight.data += layer.get_delta_weight("default")
+    changed.weight.requires_grad_(True)
+    one, other = layer(x), changed(x)
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    grad_x, grad_values = torch.autograd.grad(one.square().sum(), [x, layer.sparse_values["default"]])
+    dense_x, dense = torch.autograd.grad(other.square().sum(), [x, changed.weight])
+    torch.testing.assert_close(grad_x, dense_x, rtol=1e-4, atol=1e-5)
+    positions = layer.sparse_positions["default"].long()
+    torch.testing.assert_close(grad_values, dense.flatten()[positions], rtol=1e-4, atol=1e-5)
+
+
+def test_training_lowers_the_loss_and_leaves_the_base_as_it_was(model, inputs):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    losses = []
+    for _ in range(8):
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert untouched(model)
+    # Adam: two numbers a value and a step a layer, nothing of the size of a weight
+    state = [t for s in optimizer.state.values() for t in s.values()]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sum(t.numel() for t in state) == 2 * trained + len(layers(model))
+
+
+def test_no_saved_tensor_is_a_copy_of_a_weight(model, inputs):
+    weight_storages = {p.data_ptr() for p in model.parameters()}
+    shapes = {tuple(layer.shape) for layer in layers(model)} | {tuple(layer.shape)[::-1] for layer in layers(model)}
+    copies = []
+
+    def keep(tensor):
+        if tuple(tensor.shape) in shapes and tensor.data_ptr() not in weight_storages:
+            copies.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.train()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert copies == []
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+def test_gradient_checkpointing_gives_the_same_gradients(model, inputs):
+    def gradients():
+        model.train()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        found = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+        model.zero_grad()
+        return found
+
+    before = gradients()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for ours, theirs in zip(gradients(), before, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_two_forwards_before_the_backward_are_fine(model, inputs):
+    two = model(**inputs, labels=inputs["input_ids"]).loss + model(**inputs, labels=inputs["input_ids"]).loss
+    two.backward()
+    found = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    (2 * model(**inputs, labels=inputs["input_ids"]).loss).backward()
+    for ours, theirs in zip(found, (p.grad for p in model.parameters() if p.requires_grad), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_half_precision_base_trains_values_in_float32(dtype, inputs):
+    model = get_peft_model(llama().to(dtype), config())
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+def test_autocast_computes_in_its_type_and_sums_gradients_in_float32(inputs):
+    model = perturb(get_peft_model(llama(), config())).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(**inputs, labels=inputs["input_ids"])
+    assert found.logits.dtype == torch.bfloat16
+    found.loss.backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_it_compiles_as_one_graph(model, monkeypatch):
+    # the checks of shapes, which only tests have, are no part of the graph
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    layer = layers(model)[0].train()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x, values = torch.randn(3, 16, layer.in_features, requires_grad=True), layer.sparse_values["default"]
+    torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-6)
+    ours, theirs = (torch.autograd.grad(f(x).square().sum(), [x, values]) for f in (compiled, layer))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert untouched(model)
+
+
+# --- saving and loading -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_a_saved_adapter_comes_back(model, inputs, tmp_path, lean):
+    expected = logits(model, inputs)
+    model.save_pretrained(tmp_path / "task")
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "task", low_cpu_mem_usage=lean).eval()
+    torch.testing.assert_close(logits(loaded, inputs), expected, rtol=0, atol=0)
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_a_loaded_adapter_can_be_trained_on(model, inputs, tmp_path):
+    model.save_pretrained(tmp_path / "task")
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "task", is_trainable=True)
+    loaded(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(p.grad is not None for n, p in loaded.named_parameters() if "sparse_values" in n)
+
+
+def test_the_file_is_a_sparse_delta_and_a_delta_is_such_a_file(model, inputs, tmp_path):
+    expected = logits(model, inputs)
+    model.save_pretrained(tmp_path / "task")
+    tensors = load_file(tmp_path / "task" / "adapter_model.safetensors")
+    assert {name.rpartition(".")[2] for name in tensors} == {"sparse_positions", "sparse_values"}
+    delta, plain = SparseDelta.load(tmp_path / "task"), llama()
+    assert all(update.fingerprint is not None for update in delta.updates.values())
+    delta.apply_(plain)
+    torch.testing.assert_close(logits(plain, inputs), expected, rtol=1e-5, atol=1e-5)
+    delta.save(tmp_path / "again", dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "again").eval()
+    torch.testing.assert_close(logits(loaded, inputs), expected, rtol=0, atol=0)
+
+
+def test_another_base_model_is_refused(model, inputs, tmp_path):
+    model.save_pretrained(tmp_path / "task")
+    other = llama()
+    for parameter in other.parameters():
+        parameter.data += 0.01
+    loaded = PeftModel.from_pretrained(other, tmp_path / "task")
+    for use in (lambda: loaded(**inputs), lambda: loaded.merge_adapter()):
+        with pytest.raises(AdapterError, match="'default' was made for a base model with other weights"):
+            use()
+
+
+def test_a_state_dict_goes_into_a_fresh_adapter(model, inputs, fields):
+    other = get_peft_model(llama(), config(task_type="CAUSAL_LM", **fields)).eval()
+    assert not set_peft_model_state_dict(other, get_peft_model_state_dict(model)).unexpected_keys
+    torch.testing.assert_close(logits(other, inputs), logits(model, inputs), rtol=0, atol=0)
+
+
+def test_the_config_names_no_path_and_survives_copies(model, tmp_path):
+    model.save_pretrained(tmp_path / "task")
+    assert str(tmp_path) not in (tmp_path / "task" / "adapter_config.json").read_text()
+    found = PeftConfig.from_pretrained(tmp_path / "task")
+    assert isinstance(found, ShiraTunerConfig)
+    for again in (pickle.loads(pickle.dumps(found)), copy.deepcopy(found)):
+        assert json.dumps(again.to_dict()) == json.dumps(found.to_dict())
+
+
+def test_a_copy_of_the_model_is_its_own(model, inputs):
+    expected = logits(model, inputs)
+    perturb(copy.deepcopy(model), seed=9)
+    torch.testing.assert_close(logits(model, inputs), expected, rtol=0, atol=0)
+
+
+# --- merging ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_merging_changes_no_output_and_unmerging_brings_back_every_bit(model, inputs, safe):
+    expected = logits(model, inputs)
+    for _ in range(20):
+        model.merge_adapter(safe_merge=safe)
+        assert not untouched(model)
+        torch.testing.assert_close(logits(model, inputs), expected, rtol=1e-5, atol=1e-6)
+        model.unmerge_adapter()
+    assert untouched(model)
+
+
+def test_merge_and_unload_leaves_a_plain_model(model, inputs):
+    expected = logits(model, inputs)
+    plain = model.merge_and_unload()
+    assert not layers(plain)
+    torch.testing.assert_close(logits(plain, inputs), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_unloading_gives_the_base_model(model, inputs):
+    assert torch.equal(logits(model.unload(), inputs), logits(llama(), inputs))
+
+
+def test_safe_merging_refuses_values_that_are_not_finite(model):
+    layer = layers(model)[0]
+    layer.sparse_values["default"].data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaNs"):
+        layer.merge(safe_merge=True)
+    assert untouched(model)
+
+
+def test_disabling_gives_the_base_model_also_when_merged(model, inputs):
+    expected = logits(model, inputs)
+    for merge in (False, True):
+        if merge:
+            model.merge_adapter()
+        with model.disable_adapter():
+            assert torch.equal(logits(model, inputs), logits(llama(), inputs))
+        torch.testing.assert_close(logits(model, inputs), expected, rtol=0, atol=1e-6)
+
+
+# --- several adapters -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(model):
+    model.add_adapter("second", config(task_type="CAUSAL_LM", mask="rand", seed=8))
+    perturb(model, "second", seed=5)
+    return model.eval()
+
+
+def test_switching_goes_back_and_forth(pair, inputs):
+    first = logits(pair, inputs)
+    pair.set_adapter("second")
+    second = logits(pair, inputs)
+    assert not torch.allclose(first, second)
+    assert all(n.endswith(".second") for n, p in pair.named_parameters() if p.requires_grad)
+    pair.set_adapter("default")
+    torch.testing.assert_close(logits(pair, inputs), first, rtol=0, atol=0)
+
+
+def test_both_at_once_are_the_sum_also_where_they_overlap(pair):
+    layer = layers(pair)[0]
+    pair.base_model.set_adapter(["default", "second"])
+    x = torch.randn(9, layer.in_features)
+    changed = layer.base_layer.weight + layer.get_delta_weight("default") + layer.get_delta_weight("second")
+    torch.testing.assert_close(layer(x), x @ changed.T, rtol=1e-5, atol=1e-5)
+    grads = torch.autograd.grad(layer(x).square().sum(), list(layer.sparse_values.values()))
+    assert all(g.any() for g in grads)
+    pair.merge_adapter()
+    torch.testing.assert_close(layer(x), x @ changed.T, rtol=1e-5, atol=1e-5)
+    pair.unmerge_adapter()
+    assert untouched(pair)
+
+
+def test_deleting_an_adapter_leaves_the_other(pair, inputs):
+    expected = logits(pair, inputs)
+    pair.delete_adapter("second")
+    torch.testing.assert_close(logits(pair, inputs), expected, rtol=0, atol=0)
+    assert all(list(layer.sparse_positions.keys()) == ["default"] for layer in layers(pair))
+
+
+def test_the_strength_scales_the_update(model):
+    layer = layers(model)[0]
+    x, base = torch.randn(9, layer.in_features), layer.base_layer
+    one = layer(x) - base(x)
+    layer.set_scale("default", 0.5)
+    torch.testing.assert_close(layer(x) - base(x), 0.5 * one, rtol=1e-4, atol=1e-5)
+    layer.scale_layer(0.0)
+    torch.testing.assert_close(layer(x), base(x), rtol=0, atol=1e-6)
+
+
+# --- models and refusals ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_kind_of_model(kind, tmp_path):
+    model = get_peft_model(MODELS[kind](), config(target_modules=list(TARGETS[kind])))
+    perturb(model).eval().save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(MODELS[kind](), tmp_path).eval()
+    ids = {"input_ids": torch.randint(3, 50, (2, 5))}
+    if kind == "t5":
+        ids["decoder_input_ids"] = ids["input_ids"]
+    torch.testing.assert_close(logits(loaded, ids), logits(model, ids), rtol=0, atol=0)
+
+
+def test_conv1d_has_its_weight_the_other_way_round():
+    model = perturb(get_peft_model(gpt2(), config(target_modules=["c_attn"])))
+    layer = layers(model)[0]
+    x = torch.randn(2, 5, layer.in_features, requires_grad=True)
+    changed = copy.deepcopy(layer.base_layer)
+    changed.weight.data += layer.get_delta_weight("default")
+    changed.weight.requires_grad_(True)
+    torch.testing.assert_close(layer(x), changed(x), rtol=1e-5, atol=1e-6)
+    (found,) = torch.autograd.grad(layer(x).square().sum(), [layer.sparse_values["default"]])
+    (dense,) = torch.autograd.grad(changed(x).square().sum(), [changed.weight])
+    positions = layer.sparse_positions["default"].long()
+    torch.testing.assert_close(found, dense.flatten()[positions], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"density": 0.0}, "is no share"), ({"density": 2.0}, "is no share"),
+        ({"mask": "best"}, "mask='best' is unknown"),
+        ({"part": 1, "mask": "rand"}, "only wm, grad and snip have parts"), ({"offset": 1}, "only struct has rows"),
+        ({"layers_pattern": "layers"}, "does nothing without layers_to_transform"),
+    ],
+)  # fmt: skip
+def test_impossible_configs_are_refused(fields, message):
+    with pytest.raises(AdapterBankError, match=message):
+        config(**fields)
+
+
+def test_what_is_no_linear_layer_is_refused():
+    with pytest.raises(AdapterBankError, match="Embedding is no linear layer"):
+        get_peft_model(llama(), config(target_modules=["embed_tokens"]))
+
+
+def test_rows_of_a_batch_can_not_have_adapters_of_their_own(model, inputs):
+    with pytest.raises(AdapterBankError, match="group rows by adapter"):
+        model(**inputs, adapter_names=["default"] * 4)
+
+
+def test_masks_by_the_gradient_need_it(inputs):
+    model = get_peft_model(llama(), config(mask="snip"))
+    with pytest.raises(AdapterBankError, match=r"calibrate\(model, batches\) before training"):
+        model.train()(**inputs)
