@@ -112,9 +112,9 @@ def _in_fewer_steps(best: str, main: Part) -> str:
     share = short.steps / main.steps
     return (
         " Every schedule ends at a rate of zero, and much of the loss goes down only there; so both were trained again "
-        f"with a schedule of {100 * share:.0f} % of the steps, its rates chosen for it as above. **{best}** then ends at "
-        f"{short.final_loss(best):.3f} (accuracy {short.mean(best):.3f}), LoRA at {short.final_loss(LORA):.3f} "
-        f"({short.mean(LORA):.3f}), against LoRA's {main.final_loss(LORA):.3f} ({main.mean(LORA):.3f}) after all of them."
+        f"with a schedule of {100 * share:.0f} % of the steps, its rates chosen for it as above. **{best}** then "
+        f"ends at {short.final_loss(best):.3f} (accuracy {short.mean(best):.3f}), LoRA at {short.final_loss(LORA):.3f} "
+        f"({short.mean(LORA):.3f}), against LoRA's {main.final_loss(LORA):.3f} ({main.mean(LORA):.3f}) after all."
     )
 
 
