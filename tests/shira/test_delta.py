@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -41,6 +41,7 @@ def test_apply_adds_the_dense_update_and_restore_brings_back_every_bit(dtype):
 
 
 @dtypes
+@settings(deadline=None)
 @given(order=st.lists(st.tuples(st.integers(0, 4), st.floats(-2, 2)), max_size=30))
 def test_any_order_of_adapters_leaves_the_base_as_it_was(dtype, order):
     model = Net().to(dtype)

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapterbank.errors import AdapterBankError
@@ -116,6 +116,7 @@ def test_every_position_is_drawn_equally_often():
 # --- by size ----------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 60), st.integers(1, 4))
 def test_wm_is_what_a_stable_sort_says(seed, count, values):
     # few distinct values, so that there are ties

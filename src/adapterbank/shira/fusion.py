@@ -1,0 +1,163 @@
+"""Several sparse adapters as one, and how much they are in each other's way."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from adapterbank.errors import AdapterError
+from adapterbank.shira.delta import SparseDelta, SparseUpdate
+from adapterbank.shira.masks import dtype_of
+
+OVERLAPS = ("sum", "mean", "last", "largest")
+
+
+def fuse(
+    deltas: Mapping[str, SparseDelta],
+    *,
+    weights: Mapping[str, float] | None = None,
+    overlap: str = "sum",
+    name: str = "fused",
+) -> SparseDelta:
+    """One adapter on the union of several adapters' positions: ``S = sum_i weight_i S_i`` (SHiRA, 4.2).
+
+    Args:
+        deltas: By any names, of one base model.
+        weights: Of each, by its name; 1 where there is none.
+        overlap: What a position gets that several have: their sum, as in the paper; ``mean``; the value of the ``last``
+            one given; or the one of ``largest`` magnitude.
+        name: Of the result.
+
+    Returns:
+        An adapter without task heads: theirs differ.
+
+    Raises:
+        AdapterError: If a shape or a base differs, or a name or policy is unknown.
+    """
+    if not deltas:
+        raise AdapterError("there is nothing to fuse; give at least one adapter")
+    if overlap not in OVERLAPS:
+        raise AdapterError(f"overlap={overlap!r} is unknown; choose from {', '.join(OVERLAPS)}")
+    weights = dict(weights or {})
+    if strangers := sorted(weights.keys() - deltas.keys()):
+        raise AdapterError(f"weights has {strangers[0]!r}; the adapters are {', '.join(deltas)}")
+    bases = {delta.base for delta in deltas.values() if delta.base}
+    if len(bases) > 1:
+        raise AdapterError(f"the adapters are of different base models: {', '.join(sorted(bases))}")
+    parts: dict[str, list[tuple[float, SparseUpdate]]] = {}
+    for key, delta in deltas.items():
+        for parameter, update in delta.updates.items():
+            parts.setdefault(parameter, []).append((float(weights.get(key, 1.0)), update))
+    updates = {}
+    for parameter, found in sorted(parts.items()):
+        shapes = {update.shape for _, update in found}
+        if len(shapes) > 1:
+            raise AdapterError(f"{parameter} has different shapes: {', '.join(map(str, sorted(shapes)))}")
+        updates[parameter] = _fused(found, overlap)
+    first = next(iter(deltas.values()))
+    return replace(first, name=name, updates=updates, base=bases.pop() if bases else None, mask=None, seed=None,
+                   extras={}, config={})  # fmt: skip
+
+
+def _fused(found: Sequence[tuple[float, SparseUpdate]], overlap: str) -> SparseUpdate:
+    every = torch.cat([update.positions.long() for _, update in found])
+    values = torch.cat([weight * update.values.float() for weight, update in found])
+    union, place, counts = torch.unique(every, return_inverse=True, return_counts=True)
+    if overlap in ("last", "largest"):
+        # of those at one place the one that comes last wins: in the order given, or of magnitude
+        order = torch.arange(len(values)) if overlap == "last" else values.abs().argsort(stable=True)
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(order))
+        winner = torch.full((len(union),), -1).scatter_reduce(0, place, rank, "amax")
+        fused = values[order[winner]]
+    else:
+        fused = torch.zeros(len(union)).index_add(0, place, values)
+        if overlap == "mean":
+            fused = fused / counts
+    shape = found[0][1].shape
+    return SparseUpdate(positions=union.to(dtype_of(shape)), values=fused, shape=shape)
+
+
+# --- interference -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interference:
+    """How much two adapters are in each other's way, over the parameters that both change."""
+
+    overlap: float
+    """Share of the smaller one's positions that the other changes too."""
+    awom: float
+    """``sqrt(sum ||S1^T S2||_F^2)``: adapter weight orthogonality magnitude, smaller is better."""
+    awor: float
+    """Share of zeros in ``S1^T S2``: adapter weight orthogonality ratio, larger is better."""
+    distance: float
+    """``||S1 - S2||_F`` over all parameters of both."""
+
+
+def interference(one: SparseDelta, other: SparseDelta) -> Interference:
+    """Compare two adapters of one base model (SHiRA, 4.2 and appendix F).
+
+    Raises:
+        AdapterError: If a parameter has different shapes.
+    """
+    common = sorted(one.updates.keys() & other.updates.keys())
+    pairs = [(one.updates[parameter], other.updates[parameter]) for parameter in common]
+    shared = sum(int(torch.isin(a.positions.long(), b.positions.long()).sum()) for a, b in pairs)
+    fewest = min(sum(len(a.positions) for a, _ in pairs), sum(len(b.positions) for _, b in pairs))
+    columns = [a.shape[1] for a, _ in pairs]
+    zeros = sum(awor(a, b) * n * n for (a, b), n in zip(pairs, columns, strict=True))
+    return Interference(
+        overlap=shared / fewest if fewest else 0.0,
+        awom=sum(awom(a, b) ** 2 for a, b in pairs) ** 0.5,
+        awor=zeros / sum(n * n for n in columns) if pairs else 1.0,
+        distance=_distance(one, other),
+    )
+
+
+def awom(one: SparseUpdate, other: SparseUpdate, *, order: Literal["fro", "spectral"] = "fro") -> float:
+    """Adapter weight orthogonality magnitude, ``||S1^T S2||`` (the paper says "l2 norm": Frobenius, or spectral)."""
+    product = _product(one, other).double()
+    return float(torch.linalg.matrix_norm(product, ord="fro" if order == "fro" else 2))
+
+
+def awor(one: SparseUpdate, other: SparseUpdate) -> float:
+    """Adapter weight orthogonality ratio, ``1 - ||S1^T S2||_0 / m^2``: the share of zeros."""
+    product = _product(one, other)
+    return float((product == 0).double().mean())
+
+
+def _product(first: SparseUpdate, second: SparseUpdate) -> Float[Tensor, "columns columns"]:
+    """``S1^T S2``; entries that cancel to zero count as zeros, as in the paper."""
+    if first.shape != second.shape:
+        raise AdapterError(
+            f"the adapters' layers are {first.shape} and {second.shape}; compare those of one base model"
+        )
+    places = torch.stack(_coordinates(first))
+    sparse = torch.sparse_coo_tensor(places, first.values.float(), first.shape, check_invariants=False)
+    product: Tensor = torch.sparse.mm(sparse.t(), second.dense().float())
+    return product
+
+
+def _coordinates(update: SparseUpdate) -> tuple[Tensor, Tensor]:
+    rows = update.positions.long() // update.shape[1]
+    return rows, update.positions.long() - rows * update.shape[1]
+
+
+def distances(deltas: Mapping[str, SparseDelta]) -> dict[str, dict[str, float]]:
+    """``||S_i - S_j||_F`` between all adapters and the base model, which is ``base`` (SHiRA, table 13)."""
+    every = {"base": SparseDelta(name="base", updates={}), **deltas}
+    found = {name: dict.fromkeys(every, 0.0) for name in every}
+    for one, other in combinations(every, 2):
+        found[one][other] = found[other][one] = _distance(every[one], every[other])
+    return found
+
+
+def _distance(one: SparseDelta, other: SparseDelta) -> float:
+    minus = fuse({"one": replace(one, base=None), "other": replace(other, base=None)}, weights={"other": -1.0})
+    return math.sqrt(sum(float(update.values.double().square().sum()) for update in minus.updates.values()))

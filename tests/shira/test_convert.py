@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+from adapterbank.adapters import LoraAdapter, LoraFactors
+from adapterbank.errors import AdapterError
+from adapterbank.shira.convert import from_dense, from_lora, to_lora
+from adapterbank.shira.delta import SparseDelta
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_what_is_kept_are_the_largest_entries_and_their_share():
+    update = drawn(30, 20)
+    delta, kept = from_dense({"a.weight": update}, 0.1, base="org/base")
+    dense = delta.updates["a.weight"].dense()
+    assert torch.equal(dense[dense != 0], update[dense != 0])
+    assert dense[dense != 0].abs().min() >= update[dense == 0].abs().max()
+    # what is left out is what is lost
+    lost = float((update - dense).square().sum() / update.square().sum())
+    assert kept["a.weight"] == pytest.approx(1 - lost, abs=1e-6)
+    whole, all_of_it = from_dense({"a.weight": update}, 1.0)
+    assert torch.equal(whole.updates["a.weight"].dense(), update) and all_of_it["a.weight"] == 1.0
+    assert from_dense({"a.weight": torch.zeros(3, 3)}, 0.5)[1] == {"a.weight": 1.0}
+
+
+def test_a_lora_comes_with_its_head_and_goes_back_exactly_at_full_rank():
+    factors = {"body.q": LoraFactors(A=drawn(4, 20), B=drawn(30, 4, seed=1), scale=0.5)}
+    lora = LoraAdapter.from_factors(
+        "law", factors, base="org/base", config={"task_type": "SEQ_CLS"}, extras={"score.weight": drawn(2, 3)}
+    )
+    delta, kept = from_lora(lora, 1.0)
+    assert kept == {"body.q.weight": pytest.approx(1.0)}
+    assert (delta.name, delta.base, delta.config["task_type"]) == ("law", "org/base", "SEQ_CLS")
+    back, errors = to_lora(delta, 4)
+    assert errors["body.q.weight"] < 1e-5
+    torch.testing.assert_close(back.factors("body.q").update(), factors["body.q"].update(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(back.extra("score.weight"), lora.extra("score.weight"))
+
+
+@pytest.mark.parametrize("r", [1, 5, 20])
+def test_the_nearest_lora_loses_what_eckart_and_young_say(r):
+    delta, _ = from_dense({"a.weight": drawn(30, 20)}, 0.2)
+    lora, errors = to_lora(delta, r)
+    dense = delta.updates["a.weight"].dense()
+    singular = torch.linalg.svdvals(dense)
+    found = dense - lora.factors("a").update()
+    torch.testing.assert_close(found.square().sum(), singular[r:].square().sum(), rtol=1e-3, atol=1e-3)
+    if r < 20:
+        torch.testing.assert_close(torch.linalg.matrix_norm(found, ord=2), singular[r], rtol=1e-3, atol=1e-4)
+    assert errors["a.weight"] == pytest.approx(float(found.norm() / dense.norm()), abs=1e-3)
+
+
+def test_sparse_updates_have_full_rank():
+    delta, _ = from_dense({"a.weight": drawn(60, 60)}, 0.2)
+    assert int(torch.linalg.matrix_rank(delta.updates["a.weight"].dense())) == 60
+
+
+def test_an_impossible_rank_is_refused():
+    delta, _ = from_dense({"a.weight": drawn(3, 4)}, 0.5)
+    with pytest.raises(AdapterError, match=r"r=4 is no rank of a\.weight, which is \(3, 4\)"):
+        to_lora(delta, 4)
+    assert isinstance(delta, SparseDelta)
