@@ -1,0 +1,231 @@
+import random
+import shutil
+import threading
+import time
+
+import pytest
+import torch
+
+from adapterbank.errors import AdapterError, MissingFileError, UnknownNameError
+from adapterbank.shira.switch import Switcher
+from sparse import Net, make_delta
+
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+
+
+def copies(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def equal(model, before):
+    return all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def family(model, n=3):
+    return {f"a{i}": make_delta(model, seed=i) for i in range(n)}
+
+
+@dtypes
+def test_a_thousand_switches_bring_back_every_bit(dtype):
+    model = Net().to(dtype)
+    deltas, before, order = family(model, 10), copies(model), random.Random(0)
+    switcher = Switcher(model, deltas)
+    expected = {}
+    for name, delta in deltas.items():
+        saved = delta.apply_(model)
+        expected[name] = copies(model)
+        delta.restore_(model, saved)
+    for _ in range(1000):
+        name = order.choice(switcher.names)
+        if order.random() < 0.1:
+            switcher.restore()
+            assert equal(model, before)
+        if order.random() < 0.2:
+            switcher.switch(name, alpha=order.uniform(-1, 1))
+        else:
+            switcher.switch(name)
+            assert equal(model, expected[name])
+    switcher.restore()
+    assert equal(model, before) and switcher.active is None
+
+
+def test_subtracting_drifts_and_that_is_why_it_is_not_the_default():
+    model = Net().to(torch.bfloat16)
+    before, deltas = copies(model), family(model)
+    switcher = Switcher(model, deltas, exact=False)
+    switcher.switch("a0")
+    close = [torch.allclose(p, before[n] + (deltas["a0"].updates[n].dense() if n in deltas["a0"].updates else 0), atol=1e-2)
+             for n, p in model.named_parameters()]  # fmt: skip
+    assert all(close)
+    for i in range(200):
+        switcher.switch(f"a{i % 3}")
+    switcher.restore()
+    assert not equal(model, before)
+    assert all(torch.allclose(p.float(), before[n].float(), atol=0.1) for n, p in model.named_parameters())
+
+
+def test_switching_to_what_is_there_writes_nothing(monkeypatch):
+    model = Net()
+    switcher = Switcher(model, family(model))
+    switcher.switch("a1")
+    monkeypatch.setattr(torch.Tensor, "scatter_", None)
+    switcher.switch("a1")
+    with switcher.use("a1"):
+        assert switcher.active == "a1"
+
+
+# --- from disk --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, delta in family(Net()).items():
+        delta.save(tmp_path / "all" / name, dtype=torch.float32)
+    return tmp_path / "all"
+
+
+def test_a_directory_of_adapters_is_opened_one_by_one(folder):
+    model, before = Net(), copies(Net())
+    switcher = Switcher(model, folder)
+    assert switcher.names == ["a0", "a1", "a2"]
+    shutil.rmtree(folder / "a2")
+    switcher.switch("a0")
+    shutil.rmtree(folder / "a0")
+    switcher.switch("a1")
+    switcher.switch("a0")  # is in memory
+    changed = copies(model)
+    with pytest.raises(MissingFileError):
+        switcher.switch("a2")
+    assert equal(model, changed) and switcher.active == "a0"
+    switcher.restore()
+    assert equal(model, before)
+
+
+def test_the_one_used_longest_ago_leaves_when_memory_is_full(folder):
+    model = Net()
+    switcher = Switcher(model, folder)
+    switcher.switch("a0")
+    one = switcher._ready["a0"].bytes
+    limited, before = Switcher(Net(), folder, memory=2 * one), copies(Net())
+    for name in ("a0", "a1", "a0", "a2"):
+        limited.switch(name)
+    assert list(limited._ready) == ["a0", "a2"]
+    for i in range(20):
+        limited.switch(f"a{i % 3}")
+        assert len(limited._ready) <= 2
+    limited.restore()
+    assert equal(limited.model, before)
+    tiny = Switcher(Net(), folder, memory=0)
+    for i in range(5):
+        tiny.switch(f"a{i % 3}")
+    tiny.restore()
+    assert equal(tiny.model, before)
+
+
+def test_prefetching_reads_in_the_background(folder):
+    switcher = Switcher(Net(), folder)
+    switcher.prefetch("a1")
+    switcher._coming["a1"].result()
+    shutil.rmtree(folder)
+    switcher.switch("a1")
+    assert switcher.active == "a1"
+    switcher.prefetch("a2")
+    with pytest.raises(MissingFileError):
+        switcher.switch("a2")
+    assert switcher.active == "a1"
+
+
+# --- refused ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_of_another_base_leaves_the_active_one(folder):
+    model, stranger = Net(), make_delta(Net(seed=5))
+    switcher = Switcher(model, {"a0": folder / "a0", "stranger": stranger})
+    switcher.switch("a0", alpha=0.5)
+    changed = copies(model)
+    with pytest.raises(AdapterError, match="has other values than the base model"):
+        switcher.switch("stranger")
+    assert equal(model, changed) and switcher.active == "a0"
+
+
+def test_names_that_are_not_there_or_taken_are_refused(folder, tmp_path):
+    switcher = Switcher(Net(), folder)
+    for call in (switcher.switch, switcher.prefetch, switcher.remove, lambda name: switcher.use(name).__enter__()):
+        with pytest.raises(UnknownNameError, match="there is no adapter 'b'; there are a0, a1, a2"):
+            call("b")
+    with pytest.raises(AdapterError, match="there is an adapter 'a1' already"):
+        switcher.add("a1", folder / "a1")
+    with pytest.raises(AdapterError, match="holds no directories of adapters"):
+        Switcher(Net(), tmp_path / "nothing")
+
+
+def test_removing_the_active_one_brings_back_the_base(folder):
+    model, before = Net(), copies(Net())
+    switcher = Switcher(model, folder)
+    switcher.switch("a1")
+    switcher.remove("a1")
+    assert equal(model, before) and switcher.active is None and switcher.names == ["a0", "a2"]
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+
+def test_nobody_switches_under_a_running_forward():
+    model = Net()
+    deltas, base = family(model), copies(model)
+    switcher, x = Switcher(model, deltas), torch.randn(4, 30)
+    expected = {}
+    for name, delta in deltas.items():
+        saved = delta.apply_(model)
+        expected[name] = model.first(x).detach()
+        delta.restore_(model, saved)
+    wrong = []
+
+    def work(seed):
+        order = random.Random(seed)
+        for _ in range(60):
+            name = order.choice(list(deltas))
+            with switcher.use(name), torch.no_grad():
+                first = model.first(x)
+                time.sleep(0.0005 * order.random())
+                if not (torch.equal(model.first(x), first) and torch.equal(first, expected[name])):
+                    wrong.append(name)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    switcher.restore()
+    assert equal(model, base)
+
+
+def test_a_thread_that_would_wait_for_itself_is_told():
+    switcher = Switcher(Net(), family(Net()))
+    with switcher.use("a0"):
+        with switcher.use("a0"):
+            pass
+        for call in (lambda: switcher.switch("a1"), switcher.restore, lambda: switcher.use("a1").__enter__()):
+            with pytest.raises(AdapterError, match=r"inside use\('a0'\)"):
+                call()
+    switcher.switch("a1")
+
+
+def test_switching_waits_until_the_block_is_left():
+    switcher, order = Switcher(Net(), family(Net())), []
+    entered = threading.Event()
+
+    def hold():
+        with switcher.use("a0"):
+            entered.set()
+            time.sleep(0.05)
+            order.append("left")
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    entered.wait()
+    switcher.switch("a1")
+    order.append("switched")
+    thread.join()
+    assert order == ["left", "switched"] and switcher.active == "a1"
