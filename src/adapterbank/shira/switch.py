@@ -160,9 +160,7 @@ class Switcher:
 
     def _refuse_inside(self, wanted: str) -> None:
         if threading.get_ident() in self._users:
-            raise AdapterError(
-                f"this thread is inside use({self.active!r}) and would wait for itself to use {wanted!r}"
-            )
+            raise AdapterError(f"this thread is inside use({self.active!r}) and would wait for itself for {wanted}")
 
     def _is_in(self, name: str, alpha: float) -> bool:
         return self.active == name and self._ready[name].alpha == alpha
@@ -175,7 +173,7 @@ class Switcher:
 
     @torch.no_grad()
     def _put_in(self, name: str, alpha: float) -> None:
-        if self._is_in(name, alpha) if name in self._ready else False:
+        if self._is_in(name, alpha):
             return
         delta = None if name in self._ready else self._read(name)
         before = self.active
@@ -209,9 +207,7 @@ class Switcher:
         if self.memory is None:
             return
         # the active one is the last
-        held = [
-            name for name in self._ready if name != self.active and not isinstance(self._sources[name], SparseDelta)
-        ]
+        held = [n for n in self._ready if n != self.active and not isinstance(self._sources[n], SparseDelta)]
         while held and sum(ready.bytes for ready in self._ready.values()) > self.memory:
             del self._ready[held.pop(0)]
 
@@ -230,11 +226,10 @@ class _Part:
 
     def to_device(self) -> None:
         """Follow a model that has moved."""
-        if self.index.device != self.weight.device:
-            self.index, self.values, self.base = (
-                t.to(self.weight.device) for t in (self.index, self.values, self.base)
-            )
-            self.new = None if self.new is None else self.new.to(self.weight.device)
+        device = self.weight.device
+        if self.index.device != device:
+            self.index, self.values, self.base = (t.to(device) for t in (self.index, self.values, self.base))
+            self.new = None if self.new is None else self.new.to(device)
 
     def changed(self, alpha: float) -> Tensor:
         """What the weight holds with the adapter."""
@@ -302,9 +297,8 @@ class _Ready:
 
 
 def _in(directory: str | Path) -> dict[str, Source]:
-    found: dict[str, Source] = {
-        path.parent.name: path.parent for path in sorted(Path(directory).glob(f"*/{CONFIG_FILE}"))
-    }
+    configs = sorted(Path(directory).glob(f"*/{CONFIG_FILE}"))
+    found: dict[str, Source] = {path.parent.name: path.parent for path in configs}
     if not found:
         raise AdapterError(f"{directory} holds no directories of adapters; give a mapping of names to adapters")
     return found
