@@ -31,7 +31,7 @@ class Switcher:
         memory: Bytes that opened adapters may take together; the one used longest ago goes first, and is read again
             when it is needed. By default there is no limit. Adapters given as objects stay.
         exact: Write back what was overwritten. Off: subtract and add, which is a little faster and drifts.
-        check: Compare each adapter's fingerprint of its base.
+        check: Compare each adapter's fingerprint of its base; without ``exact`` only that of the first.
 
     Raises:
         AdapterError: If a name can't name an adapter, or the directory holds none.
@@ -180,7 +180,9 @@ class Switcher:
         self._take_out()
         if delta is not None:
             try:
-                self._ready[name] = _Ready.of(delta, self.model, check=self.check)
+                # with sums the base is no longer quite what it was
+                check = self.check and (self.exact or not self._ready)
+                self._ready[name] = _Ready.of(delta, self.model, check=check)
             except AdapterError:
                 if before is not None:
                     self._put_in(before, self._ready[before].alpha)
