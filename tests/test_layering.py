@@ -28,23 +28,15 @@ class Rule:
 
 
 EVERYTHING = {
-    "peft_type",
-    "adapters",
-    "subspace",
-    "codec",
-    "bank",
-    "tuner",
-    "shira",
-    "runtime",
-    "serve",
-    "report",
-    "demo",
-    "errors",
+    *("calibration", "peft_type", "adapters", "subspace", "codec", "bank", "tuner", "shira", "runtime", "serve"),
+    *("report", "demo", "errors"),
 }
 EXTRAS = {"peft", "transformers", "accelerate", "huggingface_hub", "matplotlib", "sklearn", "scipy", "datasets"}
 
 TABLE = {
     "errors": Rule(),
+    # what both tuners do before training
+    "calibration": Rule(parts={"errors"}),
     # registers our methods with PEFT
     "peft_type": Rule(parts={"errors"}, third={"peft"}),
     "adapters": Rule(
@@ -58,11 +50,11 @@ TABLE = {
     "bank": Rule(parts={"adapters", "subspace", "codec", "errors"}, third={"numpy", "safetensors"}),
     # adapters and codec too: what it trains leaves as an ordinary adapter, and gradient directions are stored packed
     "tuner": Rule(
-        parts={"peft_type", "bank", "adapters", "subspace", "codec", "errors"},
+        parts={"peft_type", "calibration", "bank", "adapters", "subspace", "codec", "errors"},
         third={"peft", "transformers", "safetensors", "accelerate", "huggingface_hub"},
     ),
     "shira": Rule(
-        parts={"peft_type", "adapters", "subspace", "errors"},
+        parts={"peft_type", "calibration", "adapters", "subspace", "errors"},
         third={"numpy", "safetensors", "peft", "transformers"},
         lazy={"numba"},
         only_in={"peft": "tuner", "transformers": "tuner", "peft_type": "tuner", "numba": "sampling"},

@@ -3,9 +3,7 @@
 Only products of gradients with a few vectors are kept, never a dense gradient of any layer.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from adapterbank.adapters import LoraFactors
 from adapterbank.bank import Bank
+from adapterbank.calibration import Loss, default_loss, evaluating, fitted_head, held_batches
 from adapterbank.codec.rows import pack_rows
 from adapterbank.errors import AdapterBankError
 from adapterbank.subspace.completion import leading_directions
@@ -23,23 +22,7 @@ from adapterbank.tuner.layer import EigenLoraLayer
 from adapterbank.tuner.live import adapter_config, adapter_layers, module_names
 from adapterbank.tuner.starts import core_of
 
-Loss = Callable[[nn.Module, Any], Tensor]
 OVERSAMPLING = 8
-
-
-def default_loss(model: nn.Module, batch: Any) -> Tensor:
-    """``model(**batch).loss``, as transformers' models give it for batches with labels.
-
-    Raises:
-        AdapterBankError: If there is none.
-    """
-    loss = getattr(model(**batch), "loss", None)
-    if loss is None:
-        raise AdapterBankError(
-            "the model gave no loss: put labels into the batches, or pass loss=function(model, batch)"
-        )
-    found: Tensor = loss
-    return found
 
 
 def augment(
@@ -79,12 +62,12 @@ def augment(
     own = any("eig_V" in layer.weights(adapter_name) for layer in layers.values())
     if config.train != "coefficients" or own or config.use_mean:
         raise AdapterBankError("gradient directions go with train='coefficients', no means and no own components")
-    held = _held(batches, most_batches)
+    held = held_batches(batches, most_batches)
     _check_room(layers, adapter_name, count)
     width = count + OVERSAMPLING
     seeded = torch.Generator().manual_seed(config.seed)
     tests = {n: torch.randn(x.in_features, width, generator=seeded) for n, x in layers.items()}
-    with _fitted_head(model, adapter_name, held, loss, head_steps, head_lr):
+    with fitted_head(model, adapter_name, held, loss, head_steps, head_lr):
         # first pass: the range of each gradient; second: the gradient on it
         images = _accumulate(model, layers, held, loss, lambda name, g, x: g.T @ (x @ tests[name].to(x)))
         ranges = {name: torch.linalg.qr(image)[0] for name, image in images.items()}
@@ -127,7 +110,7 @@ def nearest(
     Raises:
         AdapterBankError: If the adapter is not the active one, or there are no batches.
     """
-    layers, held, bank = _ready(model, adapter_name), _held(batches, most_batches), as_bank(bank)
+    layers, held, bank = _ready(model, adapter_name), held_batches(batches, most_batches), as_bank(bank)
     names = module_names(model, adapter_name, bank)
     bases = {name: layer.basis(adapter_name) for name, layer in layers.items()}
 
@@ -135,7 +118,7 @@ def nearest(
         V, U = bases[name]
         return (g @ U.to(g)).T @ (x @ V.T.to(x))
 
-    with _fitted_head(model, adapter_name, held, loss, head_steps, head_lr):
+    with fitted_head(model, adapter_name, held, loss, head_steps, head_lr):
         gradients = _accumulate(model, layers, held, loss, core)
     scores = {}
     for member in bank.names:
@@ -174,13 +157,6 @@ def _check_room(layers: Mapping[str, EigenLoraLayer], adapter_name: str, count: 
         raise AdapterBankError(f"count={count}: no layer has room for more than {room} directions beside its basis")
 
 
-def _held(batches: Iterable[Any], most: int) -> list[Any]:
-    held = list(islice(batches, most))
-    if not held:
-        raise AdapterBankError("there are no batches to take the gradient of")
-    return held
-
-
 def _accumulate(
     model: nn.Module,
     layers: Mapping[str, EigenLoraLayer],
@@ -206,7 +182,7 @@ def _accumulate(
 
         return hook
 
-    with _evaluating(model):
+    with evaluating(model):
         handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
         try:
             for batch in batches:
@@ -216,48 +192,6 @@ def _accumulate(
             for handle in handles:
                 handle.remove()
     return sums
-
-
-@contextmanager
-def _fitted_head(
-    model: nn.Module, adapter_name: str, batches: list[Any], loss: Loss, steps: int, lr: float
-) -> Iterator[None]:
-    """The modules to save, fitted for a few steps; put back afterwards: they would know these batches by heart."""
-    mine = f".modules_to_save.{adapter_name}."
-    heads = [p for n, p in model.named_parameters() if mine in n and p.requires_grad]
-    before = [head.detach().clone() for head in heads]
-    try:
-        if heads:
-            _fit(model, heads, batches, loss, steps, lr)
-        yield
-    finally:
-        with torch.no_grad():
-            for head, value in zip(heads, before, strict=True):
-                head.copy_(value)
-
-
-def _fit(model: nn.Module, heads: list[nn.Parameter], batches: list[Any], loss: Loss, steps: int, lr: float) -> None:
-    optimizer = torch.optim.AdamW(heads, lr=lr, weight_decay=0.0)
-    with _evaluating(model):
-        for step in range(steps):
-            value = loss(model, batches[step % len(batches)])
-            gradients = torch.autograd.grad(value, heads, allow_unused=True)
-            for head, gradient in zip(heads, gradients, strict=True):
-                head.grad = gradient
-            optimizer.step()
-            optimizer.zero_grad()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    # dropout would blur the gradient; modes differ from module to module, so each gets its own back
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _filled(rows: Float[Tensor, "p d"], count: int) -> Float[Tensor, "count d"]:

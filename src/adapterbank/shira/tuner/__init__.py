@@ -2,10 +2,11 @@
 
 from adapterbank.peft_type import register
 from adapterbank.shira.files import TYPE
+from adapterbank.shira.tuner.calibrate import calibrate
 from adapterbank.shira.tuner.config import PREFIX, ShiraTunerConfig
 from adapterbank.shira.tuner.layer import SparseLayer
 from adapterbank.shira.tuner.model import ShiraTunerModel
 
 register(TYPE, ShiraTunerConfig, ShiraTunerModel, PREFIX)
 
-__all__ = ["ShiraTunerConfig", "ShiraTunerModel", "SparseLayer"]
+__all__ = ["ShiraTunerConfig", "ShiraTunerModel", "SparseLayer", "calibrate"]

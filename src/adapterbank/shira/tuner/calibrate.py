@@ -1,0 +1,142 @@
+"""Masks by the task's gradient: which weights matter, seen on a few batches."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from adapterbank.calibration import Loss, default_loss, evaluating, fitted_head, held_batches
+from adapterbank.errors import AdapterBankError
+from adapterbank.shira import masks
+from adapterbank.shira.tuner.layer import SparseLayer
+from adapterbank.shira.tuner.model import layers_of, note
+
+SUMS = ("abs_of_sum", "sum_of_abs")
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    adapter_name: str = "default",
+    loss: Loss = default_loss,
+    how: str = "abs_of_sum",
+    most_batches: int = 8,
+    layers_at_once: int | None = None,
+    head_steps: int = 20,
+    head_lr: float = 1e-2,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> None:
+    """Choose the positions of an untrained adapter whose mask is ``grad`` or ``snip``; nothing else is changed.
+
+    The gradient is that of the base model, its head fitted for a few steps and put back (a zero head has none).
+    Weights, modes, random state, flags and ``.grad`` are left as found.
+
+    Args:
+        model: A PEFT model.
+        batches: Of a dataloader: mappings that the model takes, or whatever ``loss`` takes.
+        adapter_name: Which adapter.
+        loss: Loss of a batch.
+        how: ``abs_of_sum``: magnitude of the summed gradient (the paper leaves it open); ``sum_of_abs``: sum of the
+            batches' magnitudes.
+        most_batches: No more are read.
+        layers_at_once: So many dense gradients in memory at a time, at the cost of as many more passes; by default all.
+        head_steps: Steps of AdamW on the modules in ``modules_to_save``, for the while of this call.
+        head_lr: Their learning rate.
+        progress: Called with ``(stage, done, total)``.
+
+    Raises:
+        AdapterBankError: If the adapter's mask needs no gradient, it was trained, or there are no batches.
+    """
+    layers, config = _ready(model, adapter_name), _config_of(model, adapter_name)
+    if how not in SUMS:
+        raise AdapterBankError(f"how={how!r} is unknown; choose from {', '.join(SUMS)}")
+    held, found = held_batches(batches, most_batches), dict[str, Tensor]()
+    with torch.random.fork_rng(), fitted_head(model, adapter_name, held, loss, head_steps, head_lr):
+        for names in _chunks(list(layers), layers_at_once or len(layers)):
+            weights = [layers[name].get_base_layer().weight for name in names]
+            sums = _summed(model, list(layers.values()), weights, held, loss, how)
+            for name, weight, gradient in zip(names, weights, sums, strict=True):
+                if config.mask == "grad":
+                    found[name] = masks.grad(gradient, config.density, part=config.part)
+                else:
+                    found[name] = masks.snip(weight, gradient, config.density, part=config.part)
+                if progress:
+                    progress("choose positions", len(found), len(layers))
+    for name, layer in layers.items():  # all or none
+        layer.put_in(adapter_name, found[name])
+    note(config, model, adapter_name)
+
+
+def _ready(model: nn.Module, adapter_name: str) -> dict[str, SparseLayer]:
+    layers = layers_of(model, adapter_name)
+    if not layers:
+        raise AdapterBankError(f"the model has no sparse adapter {adapter_name!r}")
+    config = _config_of(model, adapter_name)
+    if config.mask not in masks.GRADIENT_KINDS:
+        raise AdapterBankError(f"adapter {adapter_name!r} has its positions: mask={config.mask!r} needs no gradient")
+    if any(layer.sparse_values[adapter_name].any() or layer.merged for layer in layers.values()):
+        raise AdapterBankError(f"adapter {adapter_name!r} was trained or is merged; calibrate a fresh one")
+    return layers
+
+
+def _config_of(model: Any, adapter_name: str) -> Any:
+    return model.peft_config[adapter_name]
+
+
+def _chunks(names: list[str], size: int) -> Iterator[list[str]]:
+    rest = iter(names)
+    while chunk := list(islice(rest, size)):
+        yield chunk
+
+
+def _summed(
+    model: nn.Module,
+    layers: Sequence[SparseLayer],
+    weights: list[nn.Parameter],
+    batches: list[Any],
+    loss: Loss,
+    how: str,
+) -> list[Float[Tensor, "_ _"]]:
+    """Gradients of some base weights over all batches, in float32."""
+    sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+    with evaluating(model), _base_alone(layers), _asking_for(model, weights):
+        for batch in batches:
+            # not backward(): nobody's .grad changes
+            gradients = torch.autograd.grad(loss(model, batch), weights, allow_unused=True)
+            for total, gradient in zip(sums, gradients, strict=True):
+                if gradient is not None:
+                    total += gradient.float().abs() if how == "sum_of_abs" else gradient.float()
+    return sums
+
+
+@contextmanager
+def _base_alone(layers: Sequence[SparseLayer]) -> Iterator[None]:
+    """The base layers themselves, whose weights autograd knows."""
+    flags = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, flag in zip(layers, flags, strict=True):
+            layer._disable_adapters = flag
+
+
+@contextmanager
+def _asking_for(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
+    """Gradients of these weights and of nothing else."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    for parameter in flags:
+        parameter.requires_grad_(False)
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
