@@ -102,6 +102,7 @@ class SparseDelta:
         *,
         name: str = "adapter",
         weights: Mapping[str, Tensor] | None = None,
+        fingerprints: Mapping[str, tuple[str, ...]] | None = None,
         **fields: Any,
     ) -> "SparseDelta":
         """Build a delta from positions and values in any order.
@@ -110,7 +111,8 @@ class SparseDelta:
             tensors: ``(flat positions, values)`` by parameter name.
             shapes: Shape of each of these parameters.
             name: Of the adapter.
-            weights: The base model's parameters: their values at the positions become the fingerprint.
+            weights: The base model's parameters: their values at the positions become the fingerprint. Or
+            fingerprints: of each parameter, where they're known.
             fields: ``base``, ``mask``, ``seed``, ``extras`` and ``config``.
 
         Raises:
@@ -127,6 +129,8 @@ class SparseDelta:
                 raise AdapterError(f"adapter {name!r}, {parameter}: {error}") from error
             if weights is not None:
                 update = replace(update, fingerprint=fingerprint_of(weights[parameter], update.positions))
+            elif fingerprints is not None:
+                update = replace(update, fingerprint=fingerprints.get(parameter))
             updates[parameter] = update
         return cls(name=check_name(name), updates=updates, **fields)
 
