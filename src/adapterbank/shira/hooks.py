@@ -25,7 +25,10 @@ class MaskedGradients:
         self._parameters, self._positions = parameters, positions
         self._base = {name: gathered(parameter, positions[name]) for name, parameter in parameters.items()}
         self._fingerprints = {name: fingerprint_of(p, positions[name]) for name, p in parameters.items()}
-        self._handles = [p.register_post_accumulate_grad_hook(_hook(positions[name])) for name, p in parameters.items()]
+        self._handles: list[Any] = []
+        for name, parameter in parameters.items():
+            untyped: Any = parameter  # torch's method has no types
+            self._handles.append(untyped.register_post_accumulate_grad_hook(_hook(positions[name])))
 
     def delta(self, name: str = "adapter", **fields: Any) -> SparseDelta:
         """What was learned since: the parameters' values at the positions, less those at the beginning.
@@ -79,8 +82,8 @@ def mask_gradients(
             raise AdapterBankError(f"{name} is frozen; set requires_grad_(True) on what is to be trained")
         if decays.get(named[name]):
             raise AdapterBankError(
-                f"the optimiser has weight_decay={decays[named[name]]:g} for {name}, which moves all of its weights, with "
-                "or without a gradient; put it into a group with weight_decay=0"
+                f"the optimiser has weight_decay={decays[named[name]]:g} for {name}, which moves all of its weights, "
+                "with or without a gradient; put it into a group with weight_decay=0"
             )
         parameters[name] = named[name]
     return MaskedGradients(parameters, dict(positions))
