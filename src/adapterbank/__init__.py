@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from adapterbank.bank import Bank, PartialFit
     from adapterbank.bank.diagnose import Diagnosis, diagnose
     from adapterbank.errors import AdapterBankError, AdapterError, BankError, MissingFileError, UnknownNameError
+    from adapterbank.shira import SparseDelta
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "LoraFactors",
     "MissingFileError",
     "PartialFit",
+    "SparseDelta",
     "UnknownNameError",
     "__version__",
     "diagnose",
@@ -30,6 +32,7 @@ _HOMES = {
     "adapterbank.adapters": ("LoraAdapter", "LoraFactors"),
     "adapterbank.bank": ("Bank", "PartialFit"),
     "adapterbank.bank.diagnose": ("Diagnosis", "diagnose"),
+    "adapterbank.shira": ("SparseDelta",),
     "adapterbank.errors": ("AdapterBankError", "AdapterError", "BankError", "MissingFileError", "UnknownNameError"),
 }
 

@@ -1,1 +1,46 @@
-"""SHiRA (arXiv:2406.13175): an adapter as one or two per cent of the base weights, changed in place."""
+"""SHiRA (arXiv:2406.13175): an adapter as one or two per cent of the base weights, changed in place.
+
+``ShiraTunerConfig`` and ``calibrate`` need PEFT, and make the method known to it when they're first asked for.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from adapterbank.shira import masks
+from adapterbank.shira.convert import from_dense, from_lora, to_lora
+from adapterbank.shira.delta import SparseDelta, SparseUpdate
+from adapterbank.shira.files import save_as_shira, save_as_supertuning
+from adapterbank.shira.fusion import Interference, awom, awor, distances, fuse, interference
+from adapterbank.shira.hooks import MaskedGradients, mask_gradients
+from adapterbank.shira.switch import Switcher
+
+if TYPE_CHECKING:
+    from adapterbank.shira.tuner import ShiraTunerConfig, calibrate
+
+__all__ = [
+    "Interference",
+    "MaskedGradients",
+    "ShiraTunerConfig",
+    "SparseDelta",
+    "SparseUpdate",
+    "Switcher",
+    "awom",
+    "awor",
+    "calibrate",
+    "distances",
+    "from_dense",
+    "from_lora",
+    "fuse",
+    "interference",
+    "mask_gradients",
+    "masks",
+    "save_as_shira",
+    "save_as_supertuning",
+    "to_lora",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("ShiraTunerConfig", "calibrate"):
+        return getattr(importlib.import_module("adapterbank.shira.tuner"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,7 +2,7 @@
 
 from adapterbank.peft_type import register
 from adapterbank.shira.files import TYPE
-from adapterbank.shira.tuner.calibrate import calibrate
+from adapterbank.shira.tuner.calibration import calibrate
 from adapterbank.shira.tuner.config import PREFIX, ShiraTunerConfig
 from adapterbank.shira.tuner.layer import SparseLayer
 from adapterbank.shira.tuner.model import ShiraTunerModel
