@@ -14,7 +14,16 @@ import adapterbank
 from adapterbank.cli import app
 from adapterbank.cli.app import clean
 
-COMMANDS = sorted(get_command(app).commands)
+
+def leaves(command, *words):
+    """Every command by its words, those below others too."""
+    below = getattr(command, "commands", None)
+    if below is None:
+        return {words: command}
+    return {path: leaf for word, child in below.items() for path, leaf in leaves(child, *words, word).items()}
+
+
+COMMANDS = leaves(get_command(app))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -25,25 +34,28 @@ def program(*words, **options):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+every_command = pytest.mark.parametrize("command", sorted(COMMANDS), ids=" ".join)
+
+
+@every_command
 def test_help_has_an_example_that_parses(run, command):
-    text = run(command, "--help", terminal_width=200).stdout
+    text = run(*command, "--help", terminal_width=200).stdout
     examples = [line.split("Example: adapterbank ")[1].split() for line in text.splitlines() if "Example: " in line]
     assert examples
-    for name, *words in examples:
-        assert name == command
+    for words in examples:
+        assert tuple(words[: len(command)]) == command
         # parsed, not run: the files of an example don't exist
-        get_command(app).commands[command].make_context(command, words)
+        COMMANDS[command].make_context(command[-1], words[len(command) :])
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@every_command
 def test_every_command_speaks_json(run, command):
-    assert "--json" in run(command, "--help").stdout
+    assert "--json" in run(*command, "--help").stdout
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@every_command
 def test_an_unknown_option_is_exit_code_2(run, command):
-    result = run(command, "--bogus")
+    result = run(*command, "--bogus")
     assert result.exit_code == 2 and "--bogus" in result.stderr and result.stdout == ""
 
 

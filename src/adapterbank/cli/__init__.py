@@ -2,6 +2,7 @@
 
 from adapterbank.cli import changing, demo, fitting, looking, training
 from adapterbank.cli.app import app, main
+from adapterbank.cli.shira import shira
 
 __all__ = ["app", "main"]
 
@@ -20,3 +21,4 @@ for _command in (
     training.train,
 ):
     app.command()(_command)
+app.add_typer(shira, name="shira")

@@ -1,0 +1,177 @@
+"""Commands on sparse adapters: shira info, fuse and export."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adapterbank.cli.app import AllowPickle, Group, Json, count, fail, print_json, print_table, say
+
+shira = typer.Typer(
+    cls=Group,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="""Sparse adapters: one or two per cent of a model's weights, changed in place.
+
+    Example: adapterbank shira info adapters/law
+    """,
+)
+
+Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Directory, file or hub id.")]
+Base = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="Directory or hub id of the base model; PEFT's own files need it."),
+]
+Out = Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="A new or empty directory.")]
+
+
+class Overlap(str, Enum):
+    """What a position gets that several adapters change."""
+
+    sum = "sum"
+    mean = "mean"
+    last = "last"
+    largest = "largest"
+
+
+class Kind(str, Enum):
+    """A form that other tools read."""
+
+    shira = "shira"
+    supertuning = "supertuning"
+    lora = "lora"
+
+
+@shira.command()
+def info(adapter: Adapter, model: Base = None, allow_pickle: AllowPickle = False, as_json: Json = False) -> None:
+    """Show what a sparse adapter changes: ours, or PEFT's SHiRA or Super-Tuning.
+
+    Example: adapterbank shira info adapters/law
+    """
+    delta = _open(adapter, model, allow_pickle)
+    layers = {name: len(update.positions) for name, update in delta.updates.items()}
+    found = {
+        "name": delta.name, "base": delta.base, "mask": delta.mask, "values": delta.nnz, "density": delta.density,
+        "parameters": layers, "heads": sorted(delta.extras),
+        "knows_its_base": all(update.fingerprint is not None for update in delta.updates.values()),
+    }  # fmt: skip
+    if as_json:
+        print_json(found)
+        return
+    rows = [
+        (name, f"{update.shape[0]} x {update.shape[1]}", f"{len(update.positions):,}", f"{update.density:.2%}")
+        for name, update in delta.updates.items()
+    ]
+    rows.append(("all", "", f"{delta.nnz:,}", f"{delta.density:.2%}"))
+    print_table(f"Adapter {delta.name}", ("parameter", "shape", "values", "density"), rows, last=1)
+    known = "It knows its base again." if found["knows_its_base"] else "It has no fingerprint of its base."
+    say(f"Of {delta.base or 'an unnamed base'}, mask {delta.mask or 'unknown'}. {known}")
+
+
+@shira.command()
+def fuse(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER", help="Directories, files or hub ids; NAME=PATH gives another name."),
+    ],
+    out: Out,
+    weight: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=W", help="Strength of an adapter; may be given several times.")
+    ] = None,
+    overlap: Annotated[
+        Overlap, typer.Option(help="Of values that several adapters have at one position.")
+    ] = Overlap.sum,
+    model: Base = None,
+    allow_pickle: AllowPickle = False,
+    as_json: Json = False,
+) -> None:
+    """Fuse sparse adapters into one, and show how much they are in each other's way.
+
+    Example: adapterbank shira fuse adapters/law adapters/news -o both --weight news=0.5
+    """
+    from itertools import combinations
+
+    from adapterbank.shira import fuse as fuse_them
+    from adapterbank.shira import interference
+
+    deltas = {delta.name: delta for delta in (_open(adapter, model, allow_pickle) for adapter in adapters)}
+    if len(deltas) < len(adapters):
+        fail("two adapters have one name; give another as NAME=PATH")
+    fused = fuse_them(deltas, weights=_weights(weight or []), overlap=overlap.value)
+    fused.save(out)
+    pairs = {pair: interference(*(deltas[name] for name in pair)) for pair in combinations(deltas, 2)}
+    if as_json:
+        told = [{"between": list(pair), **vars(found)} for pair, found in pairs.items()]
+        print_json({"out": str(out), "values": fused.nnz, "density": fused.density, "interference": told})
+        return
+    say(f"Wrote {out}: {fused.nnz:,} values, {fused.density:.2%} of {count(len(fused.updates), 'parameter')}.")
+    rows = [
+        (f"{one}, {other}", f"{x.overlap:.1%}", f"{x.awom:.3g}", f"{x.awor:.3f}", f"{x.distance:.3g}")
+        for (one, other), x in pairs.items()
+    ]
+    if rows:
+        print_table("Interference", ("adapters", "overlap", "AWOM", "AWOR", "distance"), rows)
+
+
+@shira.command()
+def export(
+    adapter: Adapter,
+    out: Out,
+    kind: Annotated[Kind, typer.Option("--as", help="PEFT's SHiRA or Super-Tuning, or the nearest LoRA.")],
+    r: Annotated[int, typer.Option("-r", metavar="R", help="Rank of the LoRA.")] = 32,
+    model: Base = None,
+    allow_pickle: AllowPickle = False,
+    as_json: Json = False,
+) -> None:
+    """Write a sparse adapter in a form that other tools read.
+
+    Sparse updates are of high rank, so a LoRA of them loses much; how much is said.
+
+    Example: adapterbank shira export adapters/law -o law-peft --as supertuning
+    """
+    from adapterbank.shira import save_as_shira, save_as_supertuning, to_lora
+
+    delta, told = _open(adapter, model, allow_pickle), dict[str, Any]()
+    if kind is Kind.lora:
+        lora, errors = to_lora(delta, r)
+        lora.save(out)
+        told = {"largest_error": max(errors.values())}
+    else:
+        {Kind.shira: save_as_shira, Kind.supertuning: save_as_supertuning}[kind](delta, out)
+    if as_json:
+        print_json({"out": str(out), "as": kind.value, **told})
+        return
+    lost = f"; the update's largest error is {told['largest_error']:.3f}" if told else ""
+    say(f"Wrote {out} as {kind.value}{lost}.")
+
+
+def _open(adapter: str, model: str | None, allow_pickle: bool) -> Any:
+    from adapterbank.shira import SparseDelta
+
+    name, _, path = adapter.partition("=")
+    named = bool(path) and not Path(adapter).exists()
+    base = None if model is None else _skeleton(model)
+    return SparseDelta.load(
+        path if named else adapter, name=name if named else None, model=base, allow_pickle=allow_pickle
+    )
+
+
+def _skeleton(model: str) -> Any:
+    """The base model without its weights: only shapes are asked for."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    with torch.device("meta"):
+        return AutoModel.from_config(AutoConfig.from_pretrained(model))
+
+
+def _weights(given: list[str]) -> dict[str, float]:
+    found = {}
+    for item in given:
+        name, _, value = item.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            fail(f"--weight {item}: give NAME=NUMBER")
+    return found
