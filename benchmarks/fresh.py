@@ -60,14 +60,16 @@ def train(folder: Path, out: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     """Adapt a model and train two steps; how far the memory rises above that with the model and all imports."""
     import torch
 
-    import adapterbank.tuner  # noqa: F401, for both variants, so that it is in neither one's account
+    import adapterbank.tuner  # noqa: F401, for all variants, so that it is in nobody's account
+    from adapterbank.shira.sampling import sampled_gradient
     from benchmarks.trained import JOBS, adapted, stepper
 
+    sampled_gradient(torch.ones(1, 1), torch.ones(1, 1), torch.zeros(1, dtype=torch.int32))  # loads the compiler
     torch.set_num_threads(1)
     subject = JOBS[arguments["subject"]](**arguments["arguments"])
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: loading the model isn't what is measured
     before = int(_line("/proc/self/status", "VmRSS"))
-    model = adapted(arguments["variant"], subject, folder, k=arguments["k"], r=arguments["r"])
+    model = adapted(arguments["variant"], subject, folder, **arguments["sizes"])
     step = stepper(model, subject)
     for _ in range(2):  # the second finds the optimizer's state beside everything else
         step()

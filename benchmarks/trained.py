@@ -1,4 +1,4 @@
-"""Models to adapt, with a bank for them and a batch, and the two ways of adapting them: PEFT's LoRA and ours."""
+"""Models to adapt, with a bank for them and a batch, and the ways of adapting them: PEFT's and ours."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, ShiraConfig, SupertuningConfig, get_peft_model
 from torch import Tensor, nn
 
 from adapterbank.adapters import LoraAdapter, LoraFactors
@@ -15,9 +15,12 @@ from adapterbank.bank import Bank
 from adapterbank.demo.data import load_task
 from adapterbank.demo.models import load_classifier, load_tokenizer
 from adapterbank.demo.train import TrainSettings, batches
+from adapterbank.shira import ShiraTunerConfig
 from adapterbank.tuner import EigenLoraConfig
 
 VARIANTS = ("lora", "bank")
+SPARSE = ("lora", "sparse", "peft-shira", "supertuning")
+"""Ours is ``sparse``."""
 MEMBERS = 8
 
 
@@ -82,16 +85,24 @@ def write_bank(targets: Mapping[str, tuple[int, int]], out: Path, *, k: int, r: 
     return out
 
 
-def config(variant: str, subject: Subject, bank: Path, *, k: int, r: int) -> Any:
+def config(variant: str, subject: Subject, bank: Path, *, r: int, k: int = 0, density: float = 0.0) -> Any:
     """A fresh config; PEFT changes those that it is given."""
+    if variant == "bank":
+        return EigenLoraConfig(bank=bank, k=k, r=r, task_type=subject.task_type)
+    common = {"target_modules": list(subject.targets), "task_type": subject.task_type}
     if variant == "lora":
-        return LoraConfig(r=r, target_modules=list(subject.targets), task_type=subject.task_type)
-    return EigenLoraConfig(bank=bank, k=k, r=r, task_type=subject.task_type)
+        return LoraConfig(r=r, **common)
+    if variant == "sparse":
+        return ShiraTunerConfig(density=density, **common)
+    if variant == "supertuning":
+        return SupertuningConfig(sparsity=1 - density, **common)
+    d_in, d_out = next(iter(subject.targets.values()))
+    return ShiraConfig(r=max(1, int(density * d_in * d_out / (d_in + d_out))), **common)
 
 
-def adapted(variant: str, subject: Subject, bank: Path, *, k: int, r: int) -> Any:
-    """The subject's model with one adapter, in training mode."""
-    return get_peft_model(subject.model, config(variant, subject, bank, k=k, r=r)).train()
+def adapted(variant: str, subject: Subject, bank: Path, **sizes: Any) -> Any:
+    """The subject's model with one adapter, in training mode; ``sizes`` as in :func:`config`."""
+    return get_peft_model(subject.model, config(variant, subject, bank, **sizes)).train()
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -1,5 +1,6 @@
 """Time and memory of a training step, beside PEFT's LoRA."""
 
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from benchmarks.cases import Case
 from benchmarks.processes import run_fresh
 from benchmarks.trained import JOBS, VARIANTS, Subject, adapted, stepper, trained_parameters, write_bank
+
+BROUGHT = re.compile(r"\.shared_|\.sparse_positions|\.supertuning_indices")
+"""Buffers that adapters bring."""
 
 
 def run(case: Case, seed: int) -> dict[str, Any]:
@@ -47,7 +51,7 @@ def _row(fields: dict[str, Any], sizes: dict[str, int], seed: int) -> dict[str, 
         counted = {variant: counted_bytes(models[variant], subjects[variant]) for variant in VARIANTS}
         steps = {variant: stepper(models[variant], subjects[variant]) for variant in VARIANTS}
         seconds = interleaved(steps, fields["pairs"])
-        told = {"subject": job, "arguments": arguments, **sizes}
+        told = {"subject": job, "arguments": arguments, "sizes": sizes}
         fresh = {v: run_fresh("train", bank, Path(scratch), variant=v, **told) for v in VARIANTS}
     shares = [ours / lora for ours, lora in zip(seconds["bank"], seconds["lora"], strict=True)]
     low, _, high = quantiles(shares)
@@ -88,9 +92,10 @@ def counted_bytes(model: nn.Module, subject: Subject) -> dict[str, int]:
     held: list[Tensor] = []  # or the next tensor might lie at the address of one that is gone
 
     def pack(tensor: Tensor) -> Tensor:
-        if _key(tensor) not in frozen:
-            saved[_key(tensor)] = tensor.untyped_storage().nbytes()
-            held.append(tensor)
+        for part in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):
+            if _key(part) not in frozen:
+                saved[_key(part)] = part.untyped_storage().nbytes()
+                held.append(part)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -105,7 +110,7 @@ def counted_bytes(model: nn.Module, subject: Subject) -> dict[str, int]:
         "trained": _bytes(trained),
         "optimizer": _bytes(state),
         "saved": sum(saved.values()),
-        "basis": _bytes([buffer for name, buffer in model.named_buffers() if ".shared_" in name]),
+        "basis": _bytes([buffer for name, buffer in model.named_buffers() if BROUGHT.search(name)]),
     }
 
 

@@ -1,0 +1,207 @@
+"""Switching between fused adapters, and what is left of the base model afterwards."""
+
+import copy
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, ShiraConfig, SupertuningConfig, get_peft_model
+from torch import Tensor, nn
+
+from adapterbank.shira import SparseDelta, Switcher, masks
+from benchmarks.cases import Case
+
+Ways = dict[str, Callable[[int], None]]
+"""By name: switch to the first or to the second adapter."""
+
+
+def run(case: Case, seed: int) -> dict[str, Any]:
+    """All ways of switching, at every density and width of the case, and the drift."""
+    torch.set_num_threads(1)
+    rows = [_row(seed=seed, **fields) for fields in case.fields["row"]]
+    first = {way["way"]: way["times_faster_than_lora"] for way in rows[0]["ways"]}
+    return {
+        "title": case.title,
+        "rank": RANK,
+        "rows": rows,
+        "drift": [_drift(dtype, case.fields["drift_switches"], seed) for dtype in ("float32", "float16", "bfloat16")],
+        "targets": [
+            {"name": f"{name}, times faster", "at_least": least, "reached": first[name], "met": first[name] >= least}
+            for name, least in case.fields["targets"].items()
+        ],
+    }
+
+
+RANK = 32
+
+
+def _row(*, layers: int, width: int, density: float, rounds: int, seed: int) -> dict[str, Any]:
+    ways = _ways(layers, width, density, seed)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    order = random.Random(seed)
+    for i in range(-1, rounds):
+        names = list(ways)
+        order.shuffle(names)
+        for name in names:
+            start = time.process_time()
+            ways[name](i % 2)
+            if i >= 0:
+                seconds[name].append(time.process_time() - start)
+    lora = median(seconds["PEFT LoRA"])
+    return {
+        "layers": layers,
+        "width": width,
+        "density": density,
+        "rounds": rounds,
+        "ways": [
+            {"way": name, "cpu_seconds": median(found), "times_faster_than_lora": lora / median(found)}
+            for name, found in seconds.items()
+        ],
+    }
+
+
+def _ways(layers: int, width: int, density: float, seed: int) -> Ways:
+    torch.manual_seed(seed)
+    base = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers))).requires_grad_(False)
+    pair = [_delta(base, density, i) for i in range(2)]
+    exact, sums = (Switcher(copy.deepcopy(base), _named(pair), exact=flag) for flag in (True, False))
+    for switcher in (exact, sums):
+        for name in switcher.names:
+            switcher.switch(name)  # opened, and once around
+    r = max(1, int(density * width / 2))
+    names = [str(i) for i in range(layers)]
+    return {
+        "PEFT LoRA": _peft(base, lambda: LoraConfig(r=RANK, target_modules=names, init_lora_weights=False)),
+        "PEFT SHiRA": _peft(base, lambda: ShiraConfig(r=r, target_modules=names, init_weights=False)),
+        "Super-Tuning": _peft(
+            base, lambda: SupertuningConfig(sparsity=1 - density, target_modules=names, init_weights=False)
+        ),
+        "LoRA by addmm_": _products(base),
+        "copies of all weights": _copies(base, pair),
+        "bit-exact": lambda i: exact.switch(f"a{i}"),
+        "sums": lambda i: sums.switch(f"a{i}"),
+        "the values alone, once": _floor(base, pair),
+    }
+
+
+def _delta(base: nn.Module, density: float, seed: int) -> SparseDelta:
+    tensors, weights = {}, dict(base.named_parameters())
+    for name, weight in weights.items():
+        positions = masks.rand((int(weight.shape[0]), int(weight.shape[1])), density, seed=seed, name=name)
+        tensors[name] = positions, 0.01 * torch.randn(len(positions))
+    shapes = {name: (int(w.shape[0]), int(w.shape[1])) for name, w in weights.items()}
+    return SparseDelta.from_tensors(tensors, shapes, weights=weights)
+
+
+def _named(deltas: list[SparseDelta]) -> dict[str, Any]:
+    return {f"a{i}": delta for i, delta in enumerate(deltas)}
+
+
+def _peft(base: nn.Module, config: Callable[[], Any]) -> Callable[[int], None]:
+    model: Any = get_peft_model(copy.deepcopy(base), config(), adapter_name="a0")
+    model.add_adapter("a1", config())
+    model.merge_adapter(["a0"])
+
+    def switch(i: int) -> None:
+        model.unmerge_adapter()
+        model.merge_adapter([f"a{i}"])
+
+    return switch
+
+
+def _products(base: nn.Module) -> Callable[[int], None]:
+    weights = [parameter.clone() for parameter in base.parameters()]
+    pairs = [[(torch.randn(len(w), RANK) / 100, torch.randn(RANK, len(w))) for w in weights] for _ in range(2)]
+    there = [0]
+
+    @torch.no_grad()
+    def switch(i: int) -> None:
+        for weight, (B, A), (D, C) in zip(weights, pairs[there[0]], pairs[i], strict=True):
+            weight.addmm_(B, A, alpha=-1)
+            weight.addmm_(D, C)
+        there[0] = i
+
+    return switch
+
+
+def _copies(base: nn.Module, deltas: list[SparseDelta]) -> Callable[[int], None]:
+    model, kept = copy.deepcopy(base), []
+    for delta in deltas:
+        saved = delta.apply_(model)
+        kept.append([parameter.clone() for parameter in model.parameters()])
+        delta.restore_(model, saved)
+
+    @torch.no_grad()
+    def switch(i: int) -> None:
+        for weight, value in zip(model.parameters(), kept[i], strict=True):
+            weight.copy_(value)
+
+    return switch
+
+
+def _floor(base: nn.Module, deltas: list[SparseDelta]) -> Callable[[int], None]:
+    """One overwrite of the values: a switch needs two."""
+    weights = [parameter.clone().view(-1) for parameter in base.parameters()]
+    parts = [[(u.positions.long(), u.values) for u in delta.updates.values()] for delta in deltas]
+
+    def switch(i: int) -> None:
+        for flat, (index, values) in zip(weights, parts[i], strict=True):
+            flat.scatter_(0, index, values)
+
+    return switch
+
+
+def _drift(dtype: str, switches: int, seed: int) -> dict[str, Any]:
+    """Share of the weights that aren't the base's after so many random switches among ten adapters, and how far off."""
+    torch.manual_seed(seed)
+    kind = getattr(torch, dtype)
+    base = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(4))).requires_grad_(False).to(kind)
+    deltas = _named([_delta(base, 0.02, i) for i in range(10)])
+    ours, order = copy.deepcopy(base), random.Random(seed)
+    switcher = Switcher(ours, deltas)
+    lora: Any = None
+    for i in range(10):
+        config = LoraConfig(r=8, target_modules=["0", "1", "2", "3"], init_lora_weights=False)
+        if lora is None:
+            lora = get_peft_model(copy.deepcopy(base), config, adapter_name="a0")
+        else:
+            lora.add_adapter(f"a{i}", config)
+    with tempfile.TemporaryDirectory(prefix="adapterbank-bench-") as scratch:
+        peft = _peft_shira(base, deltas, Path(scratch))
+    for name in (f"a{order.randrange(10)}" for _ in range(switches)):
+        switcher.switch(name)
+        for model in (lora, peft):
+            model.merge_adapter([name])
+            model.unmerge_adapter()
+    switcher.restore()
+    rivals = {"ours": ours, "PEFT LoRA": lora.unload(), "PEFT Super-Tuning": peft.unload()}
+    return {
+        "dtype": dtype,
+        "switches": switches,
+        "changed": {name: _changed(base, model) for name, model in rivals.items()},
+    }
+
+
+def _peft_shira(base: nn.Module, deltas: dict[str, SparseDelta], scratch: Path) -> Any:
+    from adapterbank.shira import save_as_supertuning
+
+    model: Any = None
+    for name, delta in deltas.items():
+        save_as_supertuning(delta, scratch / name)
+        if model is None:
+            model = PeftModel.from_pretrained(copy.deepcopy(base), scratch / name, adapter_name=name)
+        else:
+            model.load_adapter(scratch / name, adapter_name=name)
+    return model
+
+
+def _changed(base: nn.Module, model: nn.Module) -> dict[str, float]:
+    pairs = [(a.flatten(), b.flatten()) for a, b in zip(base.parameters(), model.parameters(), strict=True)]
+    one, other = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
+    distance: Tensor = (one.float() - other.float()).abs()
+    return {"share": float((distance > 0).float().mean()), "most": float(distance.max())}
