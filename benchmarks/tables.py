@@ -8,9 +8,10 @@ from typing import Any
 from benchmarks.adaptation.page import brief as adaptation_brief
 from benchmarks.adaptation.page import page as adaptation_page
 from benchmarks.adaptation.plots import draw as draw_adaptation
-from benchmarks.markdown import table
+from benchmarks.markdown import table, targets
 from benchmarks.pictures import PICTURES, draw_rate_distortion
 from benchmarks.record import read_results
+from benchmarks.sparse_page import page as sparse_page
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- made by python -m benchmarks.tables -->", "<!-- end -->"
@@ -61,6 +62,7 @@ def pages(results: dict[str, Result]) -> dict[Path, str]:
         docs / "accuracy.md": _accuracy_page(results),
         docs / "training.md": _training_page(results),
         docs / "adaptation.md": _page(adaptation_page()),
+        docs / "shira.md": _page(_sparse_page(results)),
     }
 
 
@@ -281,7 +283,7 @@ def _training_step_section(result: Result) -> list[str]:
         "basis is shared by all adapters of a model. *Peak*: resident memory above the loaded model, in a process of "
         "its own.",
         table(header, rows),
-        _targets(result),
+        targets(result),
         _about(result),
     ]
 
@@ -300,7 +302,7 @@ def _many_adapters_section(result: Result) -> list[str]:
         f"other with `add_adapter`. All {result['adapters']}: {of['lora']['all']:.0f} s with LoRA, "
         f"{of['bank']['all']:.1f} s in the bank.",
         table(["", "PEFT's LoRA", "bank", "share"], rows),
-        _targets(result),
+        targets(result),
         _about(result),
     ]
 
@@ -320,19 +322,14 @@ def _contraction_section(result: Result) -> list[str]:
         f"The update alone, at {result['points']} points of d, k, r and tokens. The rule is right where it takes the "
         f"faster side; within {100 * result['tie']:.0f} % both are. Times are over those of always the faster side.",
         table(header, rows),
-        _targets(result),
+        targets(result),
         _about(result),
     ]
 
 
-def _targets(result: Result) -> str:
-    told = [
-        f"{t['name'].replace('_', ' ')} {t['reached']:.3g} "
-        f"({'at most' if 'at_most' in t else 'at least'} {t.get('at_most', t.get('at_least')):g}: "
-        f"{'met' if t['met'] else 'missed'})"
-        for t in result["targets"]
-    ]
-    return f"Targets: {', '.join(told)}."
+def _sparse_page(results: dict[str, Result]) -> list[str]:
+    shown = [results[name] for name in ("sparse-step", "sparse-switch") if name in results]
+    return [*sparse_page(results), *(_about(result) for result in shown)]
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------
