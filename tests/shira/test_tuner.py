@@ -221,6 +221,21 @@ def test_the_file_is_a_sparse_delta_and_a_delta_is_such_a_file(model, inputs, tm
     torch.testing.assert_close(logits(loaded, inputs), expected, rtol=0, atol=0)
 
 
+def test_a_live_adapter_is_a_delta_without_a_file(model, inputs, tmp_path):
+    model.save_pretrained(tmp_path / "task")
+    saved, live = SparseDelta.load(tmp_path / "task"), SparseDelta.from_peft(model, name="task")
+    assert live.updates.keys() == saved.updates.keys() and live.config == saved.config
+    for name, update in saved.updates.items():
+        assert torch.equal(live.updates[name].positions, update.positions)
+        assert torch.equal(live.updates[name].values, update.values)
+        assert live.updates[name].fingerprint == update.fingerprint
+    before = {name: update.values.clone() for name, update in live.updates.items()}
+    perturb(model)
+    assert all(torch.equal(update.values, before[name]) for name, update in live.updates.items())
+    with pytest.raises(AdapterError, match="no sparse adapter 'other'"):
+        SparseDelta.from_peft(model, "other")
+
+
 def test_another_base_model_is_refused(model, inputs, tmp_path):
     model.save_pretrained(tmp_path / "task")
     other = llama()

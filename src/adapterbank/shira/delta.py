@@ -134,6 +134,22 @@ class SparseDelta:
             updates[parameter] = update
         return cls(name=check_name(name), updates=updates, **fields)
 
+    @classmethod
+    def from_peft(cls, model: nn.Module, adapter_name: str = "default", *, name: str | None = None) -> "SparseDelta":
+        """Take a sparse adapter out of a live PEFT model: a copy of its values as they are now, and of its head.
+
+        Args:
+            model: A ``PeftModel``.
+            adapter_name: Which of its adapters.
+            name: Of the result; by default ``adapter_name``.
+
+        Raises:
+            AdapterError: If the model has no such sparse adapter.
+        """
+        from adapterbank.shira.tuner.export import read_model
+
+        return read_model(model, adapter_name, name or adapter_name)
+
     @property
     def nnz(self) -> int:
         """Changed values of all parameters."""
