@@ -69,7 +69,10 @@ def _ablation() -> list[str]:
         ]
         for name in related.cells
     ]  # fmt: skip
-    pairs = [("bank + gradient", "random + gradient"), ("bank + gradient", "gradient"), ("bank", "random")]
+    pairs = [
+        ("bank + gradient", "random + gradient"), ("bank + gradient", "gradient"), ("bank", "random"),
+        ("bank + gradient, mean start", "random + gradient"), ("bank + gradient, mean start", "gradient"),
+    ]  # fmt: skip
     told = [
         f"- {ours} minus {theirs}: foreign tasks {signed(foreign.difference(ours, theirs))} in accuracy, "
         f"{signed(foreign.loss_difference(ours, theirs))} in validation loss; related tasks "
@@ -80,7 +83,8 @@ def _ablation() -> list[str]:
     return [
         "## What the bank itself adds",
         "Foreign are the six tasks above, related are sources that were left out of the bank in turn "
-        f"({', '.join(related.tasks)}). 16 + 16 directions or 32 of one kind, three seeds.",
+        f"({', '.join(related.tasks)}). 16 + 16 directions or 32 of one kind. "
+        f"{len(foreign.cells['gradient'])} cells of foreign and {len(related.cells['gradient'])} of related tasks.",
         table(header, rows),
         "\n".join(told),
     ]
