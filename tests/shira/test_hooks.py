@@ -106,6 +106,9 @@ def test_what_is_missing_or_frozen_is_refused():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(AdapterBankError, match=r"no parameter c\.weight"):
         mask_gradients(model, {"c.weight": torch.tensor([1])}, optimizer)
+    other = torch.optim.SGD([model.b.weight], lr=0.1)
+    with pytest.raises(AdapterBankError, match=r"the optimiser doesn't train a\.weight"):
+        mask_gradients(model, positions_of(model), other)
     model.a.weight.requires_grad_(False)
     with pytest.raises(AdapterBankError, match=r"a\.weight is frozen"):
         mask_gradients(model, positions_of(model), optimizer)

@@ -148,6 +148,27 @@ def test_an_adapter_of_another_base_leaves_the_active_one(folder):
     assert equal(model, changed) and switcher.active == "a0"
 
 
+def test_a_failure_in_the_middle_of_a_switch_can_be_taken_back(monkeypatch):
+    model = Net()
+    before, switcher = copies(model), Switcher(model, family(model))
+    switcher.switch("a0")
+    whole, left = torch.Tensor.scatter_, [3]  # two writes take a0 out, one begins a1
+
+    def failing(self, *args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise MemoryError
+        return whole(self, *args)
+
+    monkeypatch.setattr(torch.Tensor, "scatter_", failing)
+    with pytest.raises(MemoryError):
+        switcher.switch("a1")
+    monkeypatch.setattr(torch.Tensor, "scatter_", whole)
+    assert not equal(model, before)
+    switcher.restore()
+    assert equal(model, before)
+
+
 def test_names_that_are_not_there_or_taken_are_refused(folder, tmp_path):
     switcher = Switcher(Net(), folder)
     for call in (switcher.switch, switcher.prefetch, switcher.remove, lambda name: switcher.use(name).__enter__()):

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import threading
 
 import jaxtyping
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from adapterbank.errors import AdapterBankError, AdapterError
 from adapterbank.shira.delta import SparseDelta
 from adapterbank.shira.tuner import ShiraTunerConfig, SparseLayer
+from adapterbank.shira.tuner.ops import sparse_linear
 from tiny_models import MODELS, TARGETS, gpt2, llama
 
 MASKS = {"wm": {}, "rand": {"mask": "rand", "seed": 3}, "struct": {"mask": "struct"}, "part": {"part": 1}}
@@ -188,6 +190,32 @@ def test_it_compiles_as_one_graph(model, monkeypatch):
     assert untouched(model)
 
 
+def test_threads_that_compute_at_once_leave_the_base_as_it_was(model, inputs):
+    expected, wrong = logits(model, inputs), []
+
+    def work():
+        for _ in range(30):
+            if not torch.allclose(logits(model, inputs), expected, atol=1e-5):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == [] and untouched(model)
+
+
+def test_inputs_may_have_any_strides(model, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    layer = layers(model)[0]
+    args = (
+        torch.randn(16, 3, layer.in_features).transpose(0, 1).requires_grad_(True), layer.sparse_values["default"],
+        layer.base_layer.weight, layer.base_layer.bias, layer.sparse_positions["default"], False,
+    )  # fmt: skip
+    torch.library.opcheck(sparse_linear, args)
+
+
 # --- saving and loading -----------------------------------------------------------------------------------------------
 
 
@@ -245,6 +273,17 @@ def test_another_base_model_is_refused(model, inputs, tmp_path):
     for use in (lambda: loaded(**inputs), lambda: loaded.merge_adapter()):
         with pytest.raises(AdapterError, match="'default' was made for a base model with other weights"):
             use()
+
+
+@pytest.mark.parametrize("field", ["counts", "fingerprints"])
+def test_a_config_that_lies_is_refused_before_anything_is_allocated(model, tmp_path, field):
+    model.save_pretrained(tmp_path / "task")
+    path = tmp_path / "task" / "adapter_config.json"
+    told = json.loads(path.read_text())
+    told[field] |= dict.fromkeys(told[field], 10**12 if field == "counts" else ["x"])
+    path.write_text(json.dumps(told))
+    with pytest.raises(AdapterError, match=r"copy adapter_config\.json again"):
+        PeftModel.from_pretrained(llama(), tmp_path / "task")
 
 
 def test_a_state_dict_goes_into_a_fresh_adapter(model, inputs, fields):
@@ -343,6 +382,25 @@ def test_both_at_once_are_the_sum_also_where_they_overlap(pair):
     torch.testing.assert_close(layer(x), x @ changed.T, rtol=1e-5, atol=1e-5)
     pair.unmerge_adapter()
     assert untouched(pair)
+
+
+def test_loaded_adapters_that_overlap_merge_together(pair, tmp_path, inputs):
+    pair.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    loaded.load_adapter(tmp_path / "second", "second")
+    loaded.merge_adapter(["default", "second"])
+    pair.merge_adapter(["default", "second"])
+    assert torch.equal(logits(loaded.eval(), inputs), logits(pair, inputs))
+    loaded.unmerge_adapter()
+    assert untouched(loaded)
+
+
+def test_a_mask_is_chosen_on_the_base_also_while_another_adapter_is_merged(model):
+    model.merge_adapter()
+    model.add_adapter("second", config(task_type="CAUSAL_LM", density=0.5))
+    fresh = get_peft_model(llama(), config(density=0.5))
+    for one, other in zip(layers(model), layers(fresh), strict=True):
+        assert torch.equal(one.sparse_positions["second"], other.sparse_positions["default"])
 
 
 def test_deleting_an_adapter_leaves_the_other(pair, inputs):

@@ -287,6 +287,18 @@ def _hashes(values: Float[Tensor, " nnz"]) -> tuple[str, ...]:
     return tuple(hashlib.sha256(part.tobytes()).hexdigest()[:16] for part in cast)
 
 
+def read_fingerprint(value: object) -> tuple[str, ...]:
+    """A fingerprint as a config holds it.
+
+    Raises:
+        AdapterError: If it is none.
+    """
+    whole = isinstance(value, list) and len(value) == len(_HASHED) and all(isinstance(part, str) for part in value)
+    if not whole or not isinstance(value, list):
+        raise AdapterError("its fingerprint is no list of three hashes; copy adapter_config.json again")
+    return tuple(value)
+
+
 def check_fingerprint(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
     """Whether two fingerprints can be of one base model."""
     return any(a == b for a, b in zip(one, other, strict=True))

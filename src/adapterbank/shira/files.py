@@ -18,7 +18,7 @@ from adapterbank.adapters.peft_files import open_source, write_directory
 from adapterbank.adapters.peft_keys import PREFIX, WRAPPED
 from adapterbank.adapters.tensors import TensorSource
 from adapterbank.errors import AdapterError
-from adapterbank.shira.delta import SparseDelta, SparseUpdate
+from adapterbank.shira.delta import SparseDelta, SparseUpdate, read_fingerprint
 
 TYPE = "SPARSE_SHIRA"
 """``peft_type`` of our own files."""
@@ -130,11 +130,7 @@ def _update(
         positions = positions[0].long() * shape[1] + positions[1].long()
     update = SparseUpdate.of(positions, values, shape)
     found = config.get("fingerprints", {}).get(layer) if isinstance(config.get("fingerprints"), dict) else None
-    if found is None:
-        return update
-    if not isinstance(found, list) or not all(isinstance(part, str) for part in found) or len(found) != 3:
-        raise AdapterError("its fingerprint is no list of three hashes; copy adapter_config.json again")
-    return replace(update, fingerprint=tuple(found))
+    return update if found is None else replace(update, fingerprint=read_fingerprint(found))
 
 
 def _shape_of(config: Mapping[str, Any], layer: str, where: str) -> tuple[int, int]:

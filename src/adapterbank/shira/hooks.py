@@ -70,8 +70,8 @@ def mask_gradients(
         optimizer: That trains them.
 
     Raises:
-        AdapterBankError: If a parameter is missing or frozen, or the optimiser decays it: AdamW's decay moves weights
-            that have no gradient too.
+        AdapterBankError: If a parameter is missing or frozen, or the optimiser doesn't train it, or decays it: AdamW's
+            decay moves weights that have no gradient too.
     """
     named, decays = dict(model.named_parameters()), _decays(optimizer)
     parameters = {}
@@ -80,7 +80,9 @@ def mask_gradients(
             raise AdapterBankError(f"the model has no parameter {name}")
         if not named[name].requires_grad:
             raise AdapterBankError(f"{name} is frozen; set requires_grad_(True) on what is to be trained")
-        if decays.get(named[name]):
+        if named[name] not in decays:
+            raise AdapterBankError(f"the optimiser doesn't train {name}; give the one that does")
+        if decays[named[name]]:
             raise AdapterBankError(
                 f"the optimiser has weight_decay={decays[named[name]]:g} for {name}, which moves all of its weights, "
                 "with or without a gradient; put it into a group with weight_decay=0"

@@ -183,14 +183,14 @@ class Switcher:
                 # with sums the base is no longer quite what it was
                 check = self.check and (self.exact or not self._ready)
                 self._ready[name] = _Ready.of(delta, self.model, check=check)
-            except AdapterError:
+            except BaseException:  # of whatever kind: the one that was there comes back
                 if before is not None:
                     self._put_in(before, self._ready[before].alpha)
                 raise
         ready = self._ready[name]
         self._ready.move_to_end(name)
+        self.active = name  # before the first write: restoring is right after any number of them
         ready.apply_(alpha, exact=self.exact)
-        self.active = name
         self._make_room()
 
     @torch.no_grad()
@@ -275,11 +275,14 @@ class _Ready:
         self.alpha = alpha
         for part in self.parts:
             part.to_device()
+        # what takes memory comes before the first write
+        news = [p.changed(alpha) if exact else (alpha * p.values).to(p.weight.dtype) for p in self.parts]
+        for part, new in zip(self.parts, news, strict=True):
             flat = part.weight.data.view(-1)
             if exact:
-                flat.scatter_(0, part.index, part.changed(alpha))
+                flat.scatter_(0, part.index, new)
             else:
-                flat.scatter_add_(0, part.index, (alpha * part.values).to(flat.dtype))
+                flat.scatter_add_(0, part.index, new)
 
     def restore_(self, *, exact: bool) -> None:
         """Take it out again."""

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adapterbank.errors import AdapterBankError, AdapterError
 from adapterbank.shira import masks
-from adapterbank.shira.delta import check_fingerprint, fingerprint_of, gathered, put_
+from adapterbank.shira.delta import check_fingerprint, fingerprint_of, gathered, put_, read_fingerprint
 from adapterbank.shira.tuner.config import ShiraTunerConfig
 from adapterbank.shira.tuner.ops import sparse_linear
 
@@ -67,10 +67,11 @@ class SparseLayer(BaseTunerLayer):
         """
         self.scaling[adapter_name] = 1.0
         if config.is_saved:  # the file brings the positions
-            self.put_in(adapter_name, torch.zeros(_count(config, key), dtype=masks.dtype_of(self.shape)))
+            count = _count(config, key, self.shape[0] * self.shape[1])
+            self.put_in(adapter_name, torch.zeros(count, dtype=masks.dtype_of(self.shape)))
             found = (config.fingerprints or {}).get(key)
             if found is not None:
-                self.expected[adapter_name] = tuple(found)
+                self.expected[adapter_name] = read_fingerprint(found)
         elif config.mask in masks.GRADIENT_KINDS:
             self.put_in(adapter_name, torch.zeros(0, dtype=masks.dtype_of(self.shape)))
         else:
@@ -193,11 +194,11 @@ class SparseLayer(BaseTunerLayer):
         Raises:
             ValueError: If a merged weight is not finite, with ``safe_merge``.
         """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.sparse_values:
-                continue
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.sparse_values]
+        for name in names:  # all of them before the first write
             if name in self.expected:
                 self.check_base(name)
+        for name in names:
             weight, positions = self.get_base_layer().weight.data, self.sparse_positions[name]
             saved = gathered(weight, positions)
             new = (saved.float() + self._scaled(name).float()).to(weight.dtype)
@@ -235,7 +236,11 @@ class Linear(nn.Module, SparseLayer):
         return "sparse_shira." + super().__repr__()
 
 
-def _count(config: ShiraTunerConfig, key: str) -> int:
-    if key not in (config.counts or {}):
-        raise AdapterError(f"the adapter's config says nothing of {key}; copy adapter_config.json again")
-    return int((config.counts or {})[key])
+def _count(config: ShiraTunerConfig, key: str, most: int) -> int:
+    count = (config.counts or {}).get(key)
+    if type(count) is not int or not 0 <= count <= most:
+        raise AdapterError(
+            f"the adapter's config says {str(count)[:40]} values of {key}, which has {most}; copy adapter_config.json "
+            "again, or load the base model that it was trained on"
+        )
+    return count

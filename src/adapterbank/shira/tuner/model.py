@@ -29,6 +29,9 @@ class ShiraTunerModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """See ``BaseTuner.inject_adapter``; the config then says what the adapter changes."""
+        for layer in model.modules():
+            if isinstance(layer, SparseLayer) and layer.merged:
+                layer.unmerge()  # PEFT would do so afterwards, when the mask is chosen already
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         config: ShiraTunerConfig = self.peft_config[adapter_name]
         if not config.is_saved:

@@ -4,6 +4,7 @@ The values are written into the weight for the time of a product and taken back:
 and between two calls the weight is the base model's, bit for bit. Both operators are opaque to ``torch.compile``.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,18 +15,23 @@ from torch import Tensor
 
 from adapterbank.shira.sampling import sampled_gradient
 
+_WRITING = threading.RLock()
+"""Held while a weight isn't the base model's: another thread would take the values for it."""
+
 
 @contextmanager
 def written(weight: Tensor, positions: Tensor, values: Tensor) -> Iterator[None]:
-    """Add values to a weight's entries, and put back what was there."""
+    """Add values to a weight's entries, and put back what was there; one thread at a time."""
     flat = weight.data.view(-1)  # .data: a write that's taken back is none to autograd
     index = positions.long()  # scatter_ takes no int32
-    base = flat.index_select(0, index)
-    flat.scatter_(0, index, (base.float() + values.float()).to(flat.dtype))
-    try:
-        yield
-    finally:
-        flat.scatter_(0, index, base)
+    with _WRITING:
+        base = flat.index_select(0, index)
+        new = (base.float() + values.float()).to(flat.dtype)
+        try:  # an interrupt may come right after the first write
+            flat.scatter_(0, index, new)
+            yield
+        finally:
+            flat.scatter_(0, index, base)
 
 
 @torch.library.custom_op("adapterbank::sparse_linear", mutates_args=())
@@ -61,7 +67,7 @@ def sparse_linear_backward(
     if needed[0]:
         with written(weight, positions, values):
             matrix = weight.to(g.dtype)
-            grad_x = (g @ (matrix.T if transposed else matrix)).to(x.dtype)
+            grad_x = (g @ (matrix.T if transposed else matrix)).to(x.dtype).contiguous()
     if needed[1]:
         tokens, seen = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
         pair = (seen, tokens) if transposed else (tokens, seen)
@@ -74,7 +80,7 @@ def _(
     g: Tensor, x: Tensor, values: Tensor, weight: Tensor, positions: Tensor, transposed: bool, needed: list[bool]
 ) -> list[Tensor]:
     empty = (x.new_empty(0), values.new_empty(0))
-    return [torch.empty_like(t) if n else e for t, n, e in zip((x, values), needed, empty, strict=True)]
+    return [t.new_empty(t.shape) if n else e for t, n, e in zip((x, values), needed, empty, strict=True)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
