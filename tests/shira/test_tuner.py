@@ -9,7 +9,7 @@ import jaxtyping
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from adapterbank.errors import AdapterBankError, AdapterError
 from adapterbank.shira.delta import SparseDelta
@@ -284,6 +284,34 @@ def test_a_config_that_lies_is_refused_before_anything_is_allocated(model, tmp_p
     path.write_text(json.dumps(told))
     with pytest.raises(AdapterError, match=r"copy adapter_config\.json again"):
         PeftModel.from_pretrained(llama(), tmp_path / "task")
+
+
+@pytest.mark.parametrize(
+    "change", [lambda p: p.flip(0), lambda p: p + 10**6, lambda p: p - 10**6], ids=["order", "far", "negative"]
+)
+def test_positions_that_no_mask_gives_are_refused_before_they_are_used(model, inputs, tmp_path, change):
+    model.save_pretrained(tmp_path / "task")
+    path = tmp_path / "task" / "adapter_model.safetensors"
+    tensors = {n: change(t).contiguous() if "positions" in n else t for n, t in load_file(path).items()}
+    save_file(tensors, path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "task")
+    for use in (lambda: loaded(**inputs), loaded.merge_adapter):
+        with pytest.raises(AdapterError, match="positions don't ascend within"):
+            use()
+    assert untouched(loaded)
+
+
+def test_an_adapter_that_replaced_another_one_is_saved_as_what_it_is(model, inputs, tmp_path):
+    other = perturb(get_peft_model(llama(), config(mask="rand", seed=77, task_type="CAUSAL_LM")))
+    count = sum(p.numel() for n, p in model.named_parameters() if "sparse_values" in n)
+    if sum(p.numel() for n, p in other.named_parameters() if "sparse_values" in n) != count:
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            set_peft_model_state_dict(model, get_peft_model_state_dict(other))
+        return
+    set_peft_model_state_dict(model, get_peft_model_state_dict(other))
+    model.save_pretrained(tmp_path / "task")
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "task").eval()
+    torch.testing.assert_close(logits(loaded, inputs), logits(other.eval(), inputs), rtol=0, atol=0)
 
 
 def test_a_state_dict_goes_into_a_fresh_adapter(model, inputs, fields):

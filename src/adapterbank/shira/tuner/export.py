@@ -7,7 +7,7 @@ from peft import get_peft_model_state_dict
 from adapterbank.errors import AdapterError
 from adapterbank.shira.delta import SparseDelta
 from adapterbank.shira.files import load
-from adapterbank.shira.tuner.model import layers_of, note
+from adapterbank.shira.tuner.model import layers_of
 
 
 def read_model(model: Any, adapter_name: str, name: str) -> SparseDelta:
@@ -15,7 +15,5 @@ def read_model(model: Any, adapter_name: str, name: str) -> SparseDelta:
     if not layers_of(model, adapter_name):
         raise AdapterError(f"the model has no sparse adapter {adapter_name!r}")
     config = model.peft_config[adapter_name]
-    if not any(layer.merged for layer in layers_of(model, adapter_name).values()):
-        note(config, model, adapter_name)  # a merged base has no fingerprint of its own
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     return load(state, name=name, config=config.to_dict())

@@ -20,7 +20,7 @@ class SparseLayer(BaseTunerLayer):
     """``y = (W + S) x + b``: of ``S`` a few values are trained, at fixed positions; ``W`` is the base model's."""
 
     adapter_layer_names: tuple[str, ...] = ("sparse_values",)
-    other_param_names: tuple[str, ...] = ("sparse_positions", "scaling", "expected")
+    other_param_names: tuple[str, ...] = ("sparse_positions", "scaling", "expected", "unchecked")
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         """Wrap a ``Linear`` or GPT-2's ``Conv1D``.
@@ -45,6 +45,8 @@ class SparseLayer(BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.expected: dict[str, tuple[str, ...]] = {}
         """Fingerprints of loaded adapters whose base was not compared yet."""
+        self.unchecked: dict[str, bool] = {}
+        """Adapters whose positions came from a file and were not looked at yet."""
         self.merged_adapters: list[str] = []
         self._overwritten: list[Tensor] = []
         """What merged adapters have overwritten, in the order of ``merged_adapters``."""
@@ -122,8 +124,25 @@ class SparseLayer(BaseTunerLayer):
                     f"adapter {name!r} has no positions yet: its mask is chosen by the task's gradient; call "
                     "adapterbank.shira.calibrate(model, batches) before training"
                 )
-            if name in self.expected:
-                self.check_base(name)
+            self.check_loaded(name)
+
+    def check_loaded(self, adapter_name: str) -> None:
+        """Look at what a file brought, once: its positions, and the base model that it was made for.
+
+        Raises:
+            AdapterError: If positions don't ascend within the weight, or the base is another model's.
+        """
+        if self.unchecked.get(adapter_name):
+            positions, total = self.sparse_positions[adapter_name], self.shape[0] * self.shape[1]
+            inside = not len(positions) or (int(positions[0]) >= 0 and int(positions[-1]) < total)
+            if not inside or not bool((positions[1:] > positions[:-1]).all()):
+                raise AdapterError(
+                    f"adapter {adapter_name!r} is damaged: its positions don't ascend within {total} weights; copy it "
+                    "again"
+                )
+            del self.unchecked[adapter_name]
+        if adapter_name in self.expected:
+            self.check_base(adapter_name)
 
     def check_base(self, adapter_name: str) -> None:
         """Compare the base weight with a loaded adapter's fingerprint, once.
@@ -196,8 +215,7 @@ class SparseLayer(BaseTunerLayer):
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.sparse_values]
         for name in names:  # all of them before the first write
-            if name in self.expected:
-                self.check_base(name)
+            self.check_loaded(name)
         for name in names:
             weight, positions = self.get_base_layer().weight.data, self.sparse_positions[name]
             saved = gathered(weight, positions)
@@ -231,6 +249,10 @@ class Linear(nn.Module, SparseLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """See :meth:`SparseLayer.forward`."""
         return SparseLayer.forward(self, x, *args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.unchecked = dict.fromkeys(self.sparse_values, True)
 
     def __repr__(self) -> str:
         return "sparse_shira." + super().__repr__()

@@ -56,6 +56,26 @@ class ShiraTunerModel(BaseTuner):
             layer.set_adapter(self.active_adapters)  # adding an adapter does not activate it
         self._replace_module(parent, target_name, layer, target)
 
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: ShiraTunerConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """As PEFT's, with a config that says what the adapter is now: a file may have replaced its positions."""
+        layers = layers_of(model, adapter_name).values()
+        for layer in layers:
+            layer.check_loaded(adapter_name)
+        if not any(layer.merged for layer in layers):  # a merged base has no fingerprint of its own
+            note(config, model, adapter_name)
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        return found
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
