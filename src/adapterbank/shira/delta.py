@@ -111,8 +111,8 @@ class SparseDelta:
             tensors: ``(flat positions, values)`` by parameter name.
             shapes: Shape of each of these parameters.
             name: Of the adapter.
-            weights: The base model's parameters: their values at the positions become the fingerprint. Or
-            fingerprints: of each parameter, where they're known.
+            weights: The base model's parameters: their values at the positions become the fingerprint.
+            fingerprints: In the place of ``weights``, where they're known: by parameter name.
             fields: ``base``, ``mask``, ``seed``, ``extras`` and ``config``.
 
         Raises:

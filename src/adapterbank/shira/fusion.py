@@ -110,26 +110,32 @@ def interference(one: SparseDelta, other: SparseDelta) -> Interference:
     pairs = [(one.updates[parameter], other.updates[parameter]) for parameter in common]
     shared = sum(int(torch.isin(a.positions.long(), b.positions.long()).sum()) for a, b in pairs)
     fewest = min(sum(len(a.positions) for a, _ in pairs), sum(len(b.positions) for _, b in pairs))
-    columns = [a.shape[1] for a, _ in pairs]
-    zeros = sum(awor(a, b) * n * n for (a, b), n in zip(pairs, columns, strict=True))
+    products = [_product(a, b) for a, b in pairs]
     return Interference(
         overlap=shared / fewest if fewest else 0.0,
-        awom=sum(awom(a, b) ** 2 for a, b in pairs) ** 0.5,
-        awor=zeros / sum(n * n for n in columns) if pairs else 1.0,
+        awom=math.sqrt(sum(_norm(product) ** 2 for product in products)),
+        awor=sum(map(_zeros, products)) / sum(p.numel() for p in products) if products else 1.0,
         distance=_distance(one, other),
     )
 
 
 def awom(one: SparseUpdate, other: SparseUpdate, *, order: Literal["fro", "spectral"] = "fro") -> float:
     """Adapter weight orthogonality magnitude, ``||S1^T S2||`` (the paper says "l2 norm": Frobenius, or spectral)."""
-    product = _product(one, other).double()
-    return float(torch.linalg.matrix_norm(product, ord="fro" if order == "fro" else 2))
+    return _norm(_product(one, other), order)
 
 
 def awor(one: SparseUpdate, other: SparseUpdate) -> float:
     """Adapter weight orthogonality ratio, ``1 - ||S1^T S2||_0 / m^2``: the share of zeros."""
     product = _product(one, other)
-    return float((product == 0).double().mean())
+    return _zeros(product) / product.numel()
+
+
+def _norm(product: Tensor, order: Literal["fro", "spectral"] = "fro") -> float:
+    return float(torch.linalg.matrix_norm(product.double(), ord="fro" if order == "fro" else 2))
+
+
+def _zeros(product: Tensor) -> int:
+    return int((product == 0).sum())
 
 
 def _product(first: SparseUpdate, second: SparseUpdate) -> Float[Tensor, "columns columns"]:

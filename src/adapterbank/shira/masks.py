@@ -1,7 +1,7 @@
 """Which weights of a layer an adapter changes: five rules from weight, gradient or seed to positions (SHiRA, B).
 
 A mask is a vector of flat positions in row-major order, ascending, without repetition: int32 where that reaches, else
-int64. Same arguments, same positions, on every machine: ties go to the lowest position.
+int64. The same arguments give the same positions: ties go to the lowest one, draws are numpy's.
 """
 
 import zlib
@@ -111,9 +111,7 @@ def _largest(scores: Float[Tensor, "d_out d_in"], density: float, part: int) -> 
     if part < 0 or (part + 1) * count > flat.numel():
         raise AdapterBankError(f"part={part}: a layer of {flat.numel()} weights has no {part + 1} parts of {count}")
     if not flat.isfinite().all():
-        raise AdapterBankError(
-            "a weight or gradient holds nan or inf, so it has no largest values; lower the loss's scale"
-        )
+        raise AdapterBankError("a weight or gradient holds nan or inf, so it has no largest values; look at the loss")
     upto = _top(flat, (part + 1) * count)
     if part:  # both are exact and deterministic, so the smaller set lies in the larger one
         left = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)

@@ -30,7 +30,7 @@ class Switcher:
         adapters: By name: adapters, directories, files or hub ids; or a directory of adapters' directories.
         memory: Bytes that opened adapters may take together; the one used longest ago goes first, and is read again
             when it is needed. By default there is no limit. Adapters given as objects stay.
-        exact: Write back what was overwritten. Off: subtract and add, which is a little faster and drifts.
+        exact: Write back what was overwritten. Off: subtract and add, which drifts, and is no faster on a CPU.
         check: Compare each adapter's fingerprint of its base; without ``exact`` only that of the first.
 
     Raises:
