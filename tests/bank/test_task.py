@@ -16,6 +16,7 @@ from adapterbank.bank.joining import multiply_out
 from adapterbank.bank.shared_basis import beside_random
 from adapterbank.codec.rows import pack_rows, unpack_rows
 from adapterbank.errors import AdapterBankError, AdapterError, BankError
+from damage import spoil
 from families import make_family
 
 STORED, DERIVED = 4, 12
@@ -80,16 +81,6 @@ def make_task(directory, bank, *, k=DERIVED, r=3, head=False, prefix="", only=()
         config["modules_to_save"] = ["score"]
     directory.mkdir(parents=True)
     save_file(tensors, directory / "adapter_model.safetensors")
-    (directory / "adapter_config.json").write_text(json.dumps(config))
-    return directory
-
-
-def spoil(directory, change=lambda tensors: None, **fields):
-    """Change the tensors or the config of a task's directory."""
-    tensors = load_file(directory / "adapter_model.safetensors")
-    change(tensors)
-    save_file(tensors, directory / "adapter_model.safetensors")
-    config = json.loads((directory / "adapter_config.json").read_text()) | fields
     (directory / "adapter_config.json").write_text(json.dumps(config))
     return directory
 

@@ -1,16 +1,16 @@
 """Files of ours, and PEFT's in and out: the real PEFT writes and reads them."""
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
 from peft import PeftModel, ShiraConfig, SupertuningConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from adapterbank.errors import AdapterBankError, AdapterError, MissingFileError
 from adapterbank.shira import files
 from adapterbank.shira.delta import SparseDelta
+from damage import spoil
 from sparse import Net, make_delta
 
 BOTH = ("first.weight", "body.q.weight")
@@ -150,15 +150,6 @@ def test_counts_that_peft_can_not_hold_are_refused_by_the_layer(tmp_path):
 
 
 # --- damaged ----------------------------------------------------------------------------------------------------------
-
-
-def spoil(directory, change=lambda tensors: None, **fields):
-    tensors = load_file(directory / "adapter_model.safetensors")
-    change(tensors)
-    save_file(tensors, directory / "adapter_model.safetensors")
-    config = json.loads((directory / "adapter_config.json").read_text()) | fields
-    (directory / "adapter_config.json").write_text(json.dumps(config))
-    return directory
 
 
 AT = "base_model.model.first.sparse_"

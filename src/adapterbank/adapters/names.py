@@ -24,6 +24,18 @@ def check_name(name: str) -> str:
     return name
 
 
+def split_name(source: str) -> tuple[str | None, str]:
+    """``NAME=PATH`` as name and path; no name where there is none, or where a file is called so.
+
+    Args:
+        source: As a user wrote it.
+    """
+    if "=" in source and not Path(source).exists():
+        name, path = source.split("=", 1)
+        return name, path
+    return None, source
+
+
 def base_model_id(value: str | None) -> str | None:
     """A base model's id without any local path: hub ids stay, a path becomes its last part.
 

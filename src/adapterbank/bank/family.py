@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from adapterbank.adapters import LoraAdapter, base_model_id, check_name
+from adapterbank.adapters.names import split_name
 from adapterbank.bank.index import ModuleEntry
 from adapterbank.errors import AdapterBankError, AdapterError, BankError
 from adapterbank.subspace.updates import ThinUpdate, thin_svd, update_norm
@@ -186,11 +187,4 @@ def named_sources(sources: Mapping[str, Source] | Iterable[Source]) -> Sequence[
         raise BankError(f"give a list of adapters, not one: [{str(sources)!r}]")
     if isinstance(sources, Mapping):
         return list(sources.items())
-    return [_split(source) for source in sources]
-
-
-def _split(source: Source) -> tuple[str | None, Source]:
-    if isinstance(source, str) and "=" in source and not Path(source).exists():
-        name, path = source.split("=", 1)
-        return name, path
-    return None, source
+    return [split_name(source) if isinstance(source, str) else (None, source) for source in sources]

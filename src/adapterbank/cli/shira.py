@@ -1,15 +1,15 @@
 """Commands on sparse adapters: shira info, fuse and export."""
 
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from adapterbank.cli.app import AllowPickle, Group, Json, count, fail, print_json, print_table, say
+from adapterbank.cli.app import AllowPickle, Json, count, fail, print_json, print_table, say
 
 shira = typer.Typer(
-    cls=Group,
     no_args_is_help=True,
     rich_markup_mode=None,
     help="""Sparse adapters: one or two per cent of a model's weights, changed in place.
@@ -147,18 +147,18 @@ def export(
 
 
 def _open(adapter: str, model: str | None, allow_pickle: bool) -> Any:
+    from adapterbank.adapters.names import split_name
     from adapterbank.shira import SparseDelta
 
-    name, _, path = adapter.partition("=")
-    named = bool(path) and not Path(adapter).exists()
+    name, path = split_name(adapter)
     base = None if model is None else _skeleton(model)
-    return SparseDelta.load(
-        path if named else adapter, name=name if named else None, model=base, allow_pickle=allow_pickle
-    )
+    return SparseDelta.load(path, name=name, model=base, allow_pickle=allow_pickle)
 
 
 def _skeleton(model: str) -> Any:
     """The base model without its weights: only shapes are asked for."""
+    if find_spec("transformers") is None:
+        fail("--model needs transformers: pip install 'adapterbank[peft]'")
     import torch
     from transformers import AutoConfig, AutoModel
 
