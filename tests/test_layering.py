@@ -28,8 +28,8 @@ class Rule:
 
 
 EVERYTHING = {
-    *("calibration", "peft_type", "adapters", "subspace", "codec", "bank", "tuner", "shira", "runtime", "serve"),
-    *("report", "demo", "errors"),
+    *("calibration", "peft_scaling", "peft_type", "adapters", "subspace", "codec", "bank", "tuner", "shira"),
+    *("runtime", "serve", "report", "demo", "errors"),
 }
 EXTRAS = {"peft", "transformers", "accelerate", "huggingface_hub", "matplotlib", "sklearn", "scipy", "datasets"}
 
@@ -37,6 +37,8 @@ TABLE = {
     "errors": Rule(),
     # what both tuners do before training
     "calibration": Rule(parts={"errors"}),
+    # what both tuners' layers take on
+    "peft_scaling": Rule(),
     # registers our methods with PEFT
     "peft_type": Rule(parts={"errors"}, third={"peft"}),
     "adapters": Rule(
@@ -50,11 +52,11 @@ TABLE = {
     "bank": Rule(parts={"adapters", "subspace", "codec", "errors"}, third={"numpy", "safetensors"}),
     # adapters and codec too: what it trains leaves as an ordinary adapter, and gradient directions are stored packed
     "tuner": Rule(
-        parts={"peft_type", "calibration", "bank", "adapters", "subspace", "codec", "errors"},
+        parts={"peft_type", "peft_scaling", "calibration", "bank", "adapters", "subspace", "codec", "errors"},
         third={"peft", "transformers", "safetensors", "accelerate", "huggingface_hub"},
     ),
     "shira": Rule(
-        parts={"peft_type", "calibration", "adapters", "subspace", "errors"},
+        parts={"peft_type", "peft_scaling", "calibration", "adapters", "subspace", "errors"},
         third={"numpy", "safetensors", "peft", "transformers"},
         lazy={"numba"},
         only_in={"peft": "tuner", "transformers": "tuner", "peft_type": "tuner", "numba": "sampling"},

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from adapterbank.bank.task import task_factors
 from adapterbank.codec.rows import packed_width, unpack_rows
 from adapterbank.errors import AdapterBankError
+from adapterbank.peft_scaling import ScaledAdapters
 from adapterbank.tuner.basis import LayerBasis, sizes_of
 from adapterbank.tuner.config import EigenLoraConfig
 
@@ -23,7 +24,7 @@ BASE = "__base__"
 """PEFT's name for rows of a mixed batch that take no adapter."""
 
 
-class EigenLoraLayer(BaseTunerLayer):
+class EigenLoraLayer(ScaledAdapters, BaseTunerLayer):
     """``y = W x + scale * (U @ coef_B) @ (coef_A @ V) @ x``: coefficients are trained, ``U`` and ``V`` are the bank's.
 
     Per adapter, beside the coefficients: one ``core`` instead of them, a free pair outside the subspace, own copies of
@@ -174,25 +175,6 @@ class EigenLoraLayer(BaseTunerLayer):
     def _set_grad(self, adapter_name: str, value: bool) -> None:
         for name, weight in self.weights(adapter_name).items():
             weight.requires_grad_(value and name not in self.fixed[adapter_name])
-
-    # --- scale, as diffusers and PEFT's helpers expect it -------------------------------------------------------------
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Multiply an adapter's own scale by ``scale``."""
-        if adapter in self.scaling:
-            self.scaling[adapter] = scale * self.initial_scaling[adapter]
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the scale of all active adapters."""
-        for name in self.active_adapters:
-            if name in self.scaling:
-                self.scaling[name] *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scale of all active adapters, or set it back."""
-        for name in self.active_adapters:
-            if name in self.scaling:
-                self.scaling[name] = self.initial_scaling[name] if scale is None else self.scaling[name] / scale
 
     # --- the update ---------------------------------------------------------------------------------------------------
 

@@ -10,17 +10,20 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from adapterbank.errors import AdapterBankError, AdapterError
+from adapterbank.peft_scaling import ScaledAdapters
 from adapterbank.shira import masks
 from adapterbank.shira.delta import check_fingerprint, fingerprint_of, gathered, put_, read_fingerprint
 from adapterbank.shira.tuner.config import ShiraTunerConfig
 from adapterbank.shira.tuner.ops import sparse_linear
 
 
-class SparseLayer(BaseTunerLayer):
+class SparseLayer(ScaledAdapters, BaseTunerLayer):
     """``y = (W + S) x + b``: of ``S`` a few values are trained, at fixed positions; ``W`` is the base model's."""
 
     adapter_layer_names: tuple[str, ...] = ("sparse_values",)
-    other_param_names: tuple[str, ...] = ("sparse_positions", "scaling", "expected", "unchecked")
+    other_param_names: tuple[str, ...] = (
+        "sparse_positions", "scaling", "initial_scaling", "expected", "unchecked",
+    )  # fmt: skip
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         """Wrap a ``Linear`` or GPT-2's ``Conv1D``.
@@ -43,6 +46,7 @@ class SparseLayer(BaseTunerLayer):
         self.sparse_values = nn.ParameterDict()
         self.sparse_positions = BufferDict(persistent=True)
         self.scaling: dict[str, float] = {}
+        self.initial_scaling: dict[str, float] = {}
         self.expected: dict[str, tuple[str, ...]] = {}
         """Fingerprints of loaded adapters whose base was not compared yet."""
         self.unchecked: dict[str, bool] = {}
@@ -67,7 +71,7 @@ class SparseLayer(BaseTunerLayer):
             config: Of the adapter.
             key: The layer's name in the model.
         """
-        self.scaling[adapter_name] = 1.0
+        self.scaling[adapter_name] = self.initial_scaling[adapter_name] = 1.0
         if config.is_saved:  # the file brings the positions
             count = _count(config, key, self.shape[0] * self.shape[1])
             self.put_in(adapter_name, torch.zeros(count, dtype=masks.dtype_of(self.shape)))
@@ -180,25 +184,6 @@ class SparseLayer(BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Never: its rank is as high as the layer allows; see ``SparseDelta.to_lora``."""
         return False
-
-    # --- scale, as diffusers and PEFT's helpers expect it -------------------------------------------------------------
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Strength of an adapter; 1 is what it was trained with."""
-        if adapter in self.scaling:
-            self.scaling[adapter] = scale
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the scale of all active adapters."""
-        for name in self.active_adapters:
-            if name in self.scaling:
-                self.scaling[name] *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scale of all active adapters, or set it back."""
-        for name in self.active_adapters:
-            if name in self.scaling:
-                self.scaling[name] = 1.0 if scale is None else self.scaling[name] / scale
 
     # --- merging ------------------------------------------------------------------------------------------------------
 
