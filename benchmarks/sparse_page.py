@@ -42,8 +42,9 @@ def _step(result: Result) -> list[str]:
 def _switch(result: Result) -> list[str]:
     parts = [
         f"## {result['title']}",
-        f"From one fused adapter to another in all layers; LoRA's rank is {result['rank']}. *Bit-exact* and *sums* are "
-        "ours; a switch overwrites the values of both adapters, so twice *the values alone* is its floor.",
+        f"From one fused adapter to another in all layers; LoRA's rank is {result['rank']}. *Bit-exact* is ours, "
+        "*sums* subtracts and adds. A switch overwrites the values of both adapters: twice *the values alone* is its "
+        "floor.",
     ]
     names = [way["way"] for way in result["rows"][0]["ways"]]
     header = ["", *(f"{row['layers']} of {row['width']}, {row['density']:.1%}" for row in result["rows"])]

@@ -29,7 +29,7 @@ class Rule:
 
 EVERYTHING = {
     *("calibration", "peft_scaling", "peft_type", "adapters", "subspace", "codec", "bank", "tuner", "shira"),
-    *("runtime", "serve", "report", "demo", "errors"),
+    *("training", "runtime", "serve", "report", "demo", "errors"),
 }
 EXTRAS = {"peft", "transformers", "accelerate", "huggingface_hub", "matplotlib", "sklearn", "scipy", "datasets"}
 
@@ -61,6 +61,8 @@ TABLE = {
         lazy={"numba"},
         only_in={"peft": "tuner", "transformers": "tuner", "peft_type": "tuner", "numba": "sampling"},
     ),
+    # one loop for both tuners
+    "training": Rule(parts={"tuner", "shira", "bank", "adapters", "errors"}, third={"peft", "transformers"}),
     "runtime": Rule(parts={"bank", "adapters", "shira", "errors"}, lazy={"transformers", "triton"}),
     "serve": Rule(
         parts={"runtime", "bank", "adapters", "errors"},

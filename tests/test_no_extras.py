@@ -16,6 +16,7 @@ NEED_EXTRAS = {
     "adapterbank.report.plots",
     "adapterbank.serve",
     "adapterbank.shira.tuner",
+    "adapterbank.training",
     "adapterbank.tuner",
 }
 # what the extras bring, and what that brings in turn

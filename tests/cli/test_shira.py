@@ -1,7 +1,8 @@
-"""shira info, fuse and export."""
+"""shira info, fuse, switch and export."""
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from adapterbank import LoraAdapter, SparseDelta
 from sparse import Net, make_delta
@@ -34,6 +35,22 @@ def test_fuse_writes_the_weighted_sum_and_tells_the_interference(run, object_of,
     assert between["between"] == ["law", "news"] and 0 < between["overlap"] < 0.3 and between["awom"] > 0
     shown = run("shira", "fuse", *pair, "-o", tmp_path / "again").stdout
     assert "AWOR" in shown and "law, news" in shown
+
+
+def test_switch_changes_a_copy_or_the_files_themselves(run, object_of, refused, pair, tmp_path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    base.mkdir()
+    save_file(Net().state_dict(), base / "model.safetensors")
+    found = object_of("shira", "switch", base, pair[0], "-o", out)
+    assert found == {"model": str(out), "before": None, "adapter": "law", "left_out": []}
+    expected = Net()
+    SparseDelta.load(pair[0]).apply_(expected)
+    assert torch.equal(load_file(out / "model.safetensors")["first.weight"], expected.first.weight)
+    assert run("shira", "switch", out, pair[1]).stdout == f"{out} holds 'news'.\n"
+    assert "give an adapter, or --restore" in refused("shira", "switch", out, pair[1], "--restore")
+    assert object_of("shira", "switch", out)["adapter"] == "news"
+    assert run("shira", "switch", out, "--restore").stdout == f"{out} holds the base model.\n"
+    assert (out / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["supertuning", "lora"])

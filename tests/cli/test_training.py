@@ -1,5 +1,6 @@
 """The command that trains, on a tiny random model."""
 
+import importlib
 import json
 
 import pytest
@@ -59,16 +60,16 @@ def test_json_holds_the_whole_result(object_of, words, tmp_path):
 
 
 def test_resume_continues_an_interrupted_training(run, object_of, words, home, tmp_path, monkeypatch):
-    from adapterbank.tuner import training
+    from adapterbank.training import loop
 
-    told = training._Telling.on_step_end
+    told = loop._Telling.on_step_end
 
     def interrupted(self, args, state, control, **kwargs):
         told(self, args, state, control, **kwargs)
         if state.global_step == 7:  # 5 steps an epoch
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training._Telling, "on_step_end", interrupted)
+    monkeypatch.setattr(loop._Telling, "on_step_end", interrupted)
     result = run(*words)
     assert (result.exit_code, result.stderr) == (130, "Interrupted.\n")
     monkeypatch.undo()
@@ -110,10 +111,25 @@ def test_train_says_what_is_not_installed(refused, words, monkeypatch):
     assert "training needs peft and transformers and accelerate: pip install 'adapterbank[peft]'" in line
 
 
-def test_help_names_the_rates_that_are_used(run):
-    from adapterbank.tuner.training import TaskSettings
+def test_shira_train_writes_a_sparse_adapter(run, object_of, refused, home, tmp_path):
+    words = ["shira", "train", "--model", home / "base", "--data", home / "train.jsonl", "--task", "seq-cls"]
+    found = object_of(*words, "-o", tmp_path / "law", "--density", 0.1, "--batch", 4, "--eval", home / "train.jsonl")
+    # 4 modules of 32 x 32, and a head of 32 x 2 + 2
+    assert (found["trained"], found["head"]) == (4 * 102 + 66, 66) and len(found["epochs"]) == 3
+    told = object_of("shira", "info", tmp_path / "law")
+    assert (told["mask"], told["values"], told["knows_its_base"]) == ("snip", 408, True)
+    shown = run(*words, "-o", tmp_path / "news", "--mask", "wm", "--part", 1, "--epochs", 1)
+    assert shown.exit_code == 0 and "Task" in shown.stdout and shown.stderr == ""
+    line = refused(*words, "-o", tmp_path / "tax", "--mask", "rand", "--part", 1)
+    assert "part=1: only wm, grad and snip have parts" in line and not (tmp_path / "tax").exists()
 
-    text = " ".join(run("train", "--help").stdout.split())
-    settings = TaskSettings(task="seq-cls")
-    assert f"Of the coefficients. By default {settings.lr:g}." in text
+
+@pytest.mark.parametrize(("words", "where", "of"), [
+    (["train"], "in_bank.TaskSettings", "coefficients"), (["shira", "train"], "sparse.SparseSettings", "values")
+])  # fmt: skip
+def test_help_names_the_rates_that_are_used(run, words, where, of):
+    module, _, name = where.partition(".")
+    settings = getattr(importlib.import_module(f"adapterbank.training.{module}"), name)(task="seq-cls")
+    text = " ".join(run(*words, "--help").stdout.split())
+    assert f"Of the {of}. By default {settings.lr:g}." in text
     assert f"Of the head. By default {settings.head_lr:g}." in text

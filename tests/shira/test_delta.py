@@ -142,12 +142,11 @@ def test_a_model_that_does_not_fit_is_refused(change, message):
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if not p.is_meta)
 
 
-def test_two_names_of_one_tensor_are_refused():
+def test_a_tensor_of_two_names_is_refused():
     model = Net()
     tied(model)
-    update = make_delta(model, only=("body.q.weight",)).updates["body.q.weight"]
-    delta = SparseDelta(name="both", updates={"body.k.weight": update, "body.q.weight": update})
-    with pytest.raises(AdapterError, match="are one tensor of the model: tied"):
+    delta = make_delta(model, only=("body.q.weight",))
+    with pytest.raises(AdapterError, match=r"body\.q\.weight and body\.k\.weight are one tensor of the model"):
         delta.apply_(model)
 
 
@@ -191,3 +190,45 @@ def test_a_delta_says_what_it_is():
     delta = make_delta(Net(), base="org/base", name="law")
     assert repr(delta) == "SparseDelta('law', base='org/base', nnz=280, density=10.00%, parameters=2)"
     assert replace(delta, updates={}).density == 0.0
+
+
+# --- task heads, and what changes with a weight -----------------------------------------------------------------------
+
+
+def test_a_head_is_put_in_and_taken_back():
+    model, head = Net(), torch.randn(20)
+    delta = make_delta(model, extras={"body.v.bias": head})
+    before = copies(model)
+    saved = delta.apply_(model, alpha=0.5)
+    assert torch.equal(model.body["v"].bias, head)
+    delta.restore_(model, saved)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    saved = delta.apply_(model, heads=False)
+    assert torch.equal(model.body["v"].bias, before["body.v.bias"])
+    delta.restore_(model, saved)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("extras", "message"),
+    [
+        ({"score.weight": torch.zeros(3, 40)}, r"brings its own score\.weight, \(3, 40\); the model's is missing"),
+        ({"body.v.bias": torch.zeros(3)}, r"body\.v\.bias, \(3,\); the model's is \(20,\): load the base with such"),
+    ],
+)
+def test_a_head_that_the_model_has_no_place_for_is_refused_and_changes_nothing(extras, message):
+    model = Net()
+    before = copies(model)
+    with pytest.raises(AdapterError, match=message):
+        make_delta(model, extras=extras).apply_(model)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_float8_weights_are_refused():
+    model = Net()
+    delta = make_delta(model)
+    model.first.weight = nn.Parameter(model.first.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(AdapterError, match="no dense floating-point tensor"):
+        delta.apply_(model)
+    with pytest.raises(AdapterError, match=r"values torch\.float8_e4m3fn; give int32 or int64, and floats of 16 bits"):
+        SparseDelta.from_tensors({"w": (torch.arange(2), torch.ones(2).to(torch.float8_e4m3fn))}, shapes={"w": (2, 2)})

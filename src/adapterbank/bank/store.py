@@ -5,17 +5,16 @@ bank or the new one, whatever moment a writer dies at; what a dead writer left b
 """
 
 import hashlib
-import os
 import re
-import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from adapterbank.adapters import disk
 from adapterbank.bank.index import BankIndex
 from adapterbank.errors import BankError, MissingFileError
 
@@ -135,41 +134,18 @@ def locked(directory: Path) -> Iterator[None]:
     Raises:
         BankError: If the directory can't be written to, or holds something other than a bank.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        check_free(directory)
-        handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise BankError(f"{directory} can't be written to: {error.strerror or error}") from error
-    try:
-        _lock(handle)
+    with ExitStack() as stack:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            check_free(directory)
+            stack.enter_context(disk.locked(directory / LOCK))
+        except OSError as error:
+            raise BankError(f"{directory} can't be written to: {error.strerror or error}") from error
         yield
-    finally:
-        os.close(handle)
-
-
-def _lock(handle: int) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        msvcrt.locking(handle, msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined,unused-ignore]
-    else:
-        fcntl.flock(handle, fcntl.LOCK_EX)
 
 
 def _replace(directory: Path, name: str, data: bytes, durable: bool = True) -> None:
-    temporary = directory / f".{secrets.token_hex(4)}.tmp"
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        os.replace(temporary, directory / name)
+        disk.replace_file(directory / name, data, durable=durable)
     except OSError as error:
         raise BankError(f"{directory / name} can't be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)

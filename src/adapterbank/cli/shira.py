@@ -1,4 +1,4 @@
-"""Commands on sparse adapters: shira info, fuse and export."""
+"""Commands on sparse adapters: shira info, fuse, switch and export."""
 
 from enum import Enum
 from importlib.util import find_spec
@@ -112,6 +112,51 @@ def fuse(
     ]
     if rows:
         print_table("Interference", ("adapters", "overlap", "AWOM", "AWOR", "distance"), rows)
+
+
+@shira.command()
+def switch(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Directory of a model in safetensors files.")],
+    adapter: Annotated[
+        str | None, typer.Argument(metavar="[ADAPTER]", help="Directory, file or hub id; without it nothing changes.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="OUT", help="Copy MODEL to this new directory first.")
+    ] = None,
+    restore: Annotated[bool, typer.Option("--restore", help="Bring back the base model.")] = False,
+    alpha: Annotated[float, typer.Option(metavar="A", help="Strength of the adapter.")] = 1.0,
+    allow_pickle: AllowPickle = False,
+    as_json: Json = False,
+) -> None:
+    """Put a sparse adapter into a model's own files, in the place of the one that is there.
+
+    Only the values that change are written. What they were is kept in MODEL/adapterbank.base, so that the base model
+    comes back bit for bit. A task head is not put in. Stop what runs on these files first.
+
+    Example: adapterbank shira switch models/base adapters/law -o models/law
+    """
+    from adapterbank.adapters.names import split_name
+    from adapterbank.shira import SparseDelta
+    from adapterbank.shira.model_files import active_in, copy_model, skeleton, switch_files
+
+    if restore and adapter is not None:
+        fail("give an adapter, or --restore")
+    delta = None
+    if adapter is not None:
+        name, path = split_name(adapter)
+        delta = SparseDelta.load(path, name=name, model=skeleton(model), allow_pickle=allow_pickle)
+    if out is not None:
+        copy_model(model, out)
+    place = out or model
+    before = switch_files(place, delta, alpha=alpha) if delta is not None or restore else active_in(place)
+    now = delta.name if delta is not None else None if restore else before
+    left_out = sorted(delta.extras) if delta is not None else []
+    if as_json:
+        print_json({"model": str(place), "before": before, "adapter": now, "left_out": left_out})
+        return
+    say(f"{place} holds {repr(now) if now else 'the base model'}.")
+    if left_out:
+        say(f"Left out, as task heads are: {', '.join(left_out)}.")
 
 
 @shira.command()

@@ -1,14 +1,16 @@
-"""The command that trains: train."""
+"""The commands that train: train, and shira train."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from adapterbank.cli.app import Json, bars, fail, print_json, print_table, say
+from adapterbank.cli.app import Json, Tell, bars, fail, print_json, print_table, say
+from adapterbank.cli.shira import shira
 
 
 class Task(str, Enum):
@@ -19,25 +21,47 @@ class Task(str, Enum):
     image_cls = "image-cls"
 
 
+class Mask(str, Enum):
+    """Which weights of a layer are trained."""
+
+    struct = "struct"
+    rand = "rand"
+    wm = "wm"
+    grad = "grad"
+    snip = "snip"
+
+
+Data = Annotated[Path, typer.Option(metavar="FILE", help="Examples, one JSON object a line.")]
+WhichTask = Annotated[Task, typer.Option(help="Classify texts, continue them, or classify images.")]
+Out = Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Directory of the new adapter.")]
+Evaluate = Annotated[
+    Path | None, typer.Option("--eval", metavar="FILE", help="Examples to evaluate on after each epoch.")
+]
+EvalShare = Annotated[float, typer.Option(metavar="S", help="Without --eval: this share of the data.")]
+Epochs = Annotated[int, typer.Option(metavar="N", help="Passes over the data.")]
+Batch = Annotated[int, typer.Option(metavar="N", help="Examples a step.")]
+HeadRate = Annotated[float | None, typer.Option(metavar="LR", help="Of the head. By default 0.003.")]
+MaxTokens = Annotated[int, typer.Option(metavar="N", help="Longer texts are cut.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in OUT.")]
+
+
 def train(
     bank: Annotated[str, typer.Option("--bank", metavar="BANK", help="Directory of the bank.")],
     model: Annotated[str, typer.Option(metavar="MODEL", help="Directory or hub id of the bank's base model.")],
-    data: Annotated[Path, typer.Option(metavar="FILE", help="Examples, one JSON object a line.")],
-    task: Annotated[Task, typer.Option(help="Classify texts, continue them, or classify images.")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Directory of the new adapter.")],
-    evaluate: Annotated[
-        Path | None, typer.Option("--eval", metavar="FILE", help="Examples to evaluate on after each epoch.")
-    ] = None,
-    eval_share: Annotated[float, typer.Option(metavar="S", help="Without --eval: this share of the data.")] = 0.1,
+    data: Data,
+    task: WhichTask,
+    out: Out,
+    evaluate: Evaluate = None,
+    eval_share: EvalShare = 0.1,
     k: Annotated[
         int | None,
         typer.Option("-k", metavar="K", help="Directions of the basis a side. By default 16, or all there are."),
     ] = None,
     r: Annotated[int, typer.Option("-r", metavar="R", help="Rank of the update.")] = 8,
-    epochs: Annotated[int, typer.Option(metavar="N", help="Passes over the data.")] = 3,
-    batch: Annotated[int, typer.Option(metavar="N", help="Examples a step.")] = 16,
+    epochs: Epochs = 3,
+    batch: Batch = 16,
     lr: Annotated[float | None, typer.Option(metavar="LR", help="Of the coefficients. By default 0.01.")] = None,
-    head_lr: Annotated[float | None, typer.Option(metavar="LR", help="Of the head. By default 0.003.")] = None,
+    head_lr: HeadRate = None,
     gradient_directions: Annotated[
         int | None,
         typer.Option(metavar="N", help="Directions of the task's own gradient beside the bank's. By default 16."),
@@ -45,9 +69,9 @@ def train(
     start: Annotated[
         str, typer.Option(help="Where coefficients start: mean of the members, base, random, member:NAME.")
     ] = "mean",
-    max_tokens: Annotated[int, typer.Option(metavar="N", help="Longer texts are cut.")] = 256,
+    max_tokens: MaxTokens = 256,
     seed: Annotated[int, typer.Option(help="Of the head, the coefficients and the order of the data.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in OUT.")] = False,
+    resume: Resume = False,
     as_json: Json = False,
 ) -> None:
     """Train a new task in a bank: coefficients on its basis and on directions of the task's gradient, and a task head.
@@ -57,27 +81,84 @@ def train(
 
     Example: adapterbank train --bank bank --model org/base --data train.jsonl --task seq-cls -o task
     """
+    _check_installed()
+    from adapterbank.training.in_bank import TaskSettings, train_task
+
+    settings = TaskSettings(
+        task=task.value, r=r, k=k, start=start, epochs=epochs, batch=batch, gradient_directions=gradient_directions,
+        max_tokens=max_tokens, eval_share=eval_share, seed=seed, **_rates(lr, head_lr),
+    )  # fmt: skip
+
+    def run(tell: Tell) -> Any:
+        return train_task(bank, model, data, out, settings, eval_data=evaluate, resume=resume, progress=tell)
+
+    _show(run, as_json)
+
+
+@shira.command("train")
+def train_sparse(
+    model: Annotated[str, typer.Option(metavar="MODEL", help="Directory or hub id of the base model.")],
+    data: Data,
+    task: WhichTask,
+    out: Out,
+    evaluate: Evaluate = None,
+    eval_share: EvalShare = 0.1,
+    density: Annotated[float, typer.Option(metavar="D", help="Share of each layer's weights.")] = 0.01,
+    mask: Annotated[Mask, typer.Option(help="Which weights: by magnitude, gradient, both, or neither.")] = Mask.snip,
+    part: Annotated[int, typer.Option(metavar="N", help="Of wm, grad, snip: 1 takes the next largest, and so on.")] = 0,
+    offset: Annotated[int, typer.Option(metavar="N", help="Of struct: the first row.")] = 0,
+    epochs: Epochs = 3,
+    batch: Batch = 16,
+    lr: Annotated[float | None, typer.Option(metavar="LR", help="Of the values. By default 0.002.")] = None,
+    head_lr: HeadRate = None,
+    max_tokens: MaxTokens = 256,
+    seed: Annotated[int, typer.Option(help="Of the head, a random mask and the order of the data.")] = 0,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> None:
+    """Train a sparse adapter and a task head; grad and snip choose the weights by the task's first batches.
+
+    FILE is as for adapterbank train. Adapters of different parts or offsets don't share a weight, or only the diagonal.
+
+    Example: adapterbank shira train --model org/base --data train.jsonl --task seq-cls -o law
+    """
+    _check_installed()
+    from adapterbank.training.sparse import SparseSettings
+    from adapterbank.training.sparse import train_sparse as train_it
+
+    settings = SparseSettings(
+        task=task.value, density=density, mask=mask.value, part=part, offset=offset, epochs=epochs, batch=batch,
+        max_tokens=max_tokens, eval_share=eval_share, seed=seed, **_rates(lr, head_lr),
+    )  # fmt: skip
+
+    def run(tell: Tell) -> Any:
+        return train_it(model, data, out, settings, eval_data=evaluate, resume=resume, progress=tell)
+
+    _show(run, as_json)
+
+
+def _check_installed() -> None:
     missing = [name for name in ("peft", "transformers", "accelerate") if find_spec(name) is None]
     if missing:
         fail(f"training needs {' and '.join(missing)}: pip install 'adapterbank[peft]'")
-    from adapterbank.tuner.training import TaskSettings, train_task
 
-    rates = {name: rate for name, rate in (("lr", lr), ("head_lr", head_lr)) if rate is not None}
-    settings = TaskSettings(
-        task=task.value, r=r, k=k, start=start, epochs=epochs, batch=batch, gradient_directions=gradient_directions,
-        max_tokens=max_tokens, eval_share=eval_share, seed=seed, **rates,
-    )  # fmt: skip
+
+def _rates(lr: float | None, head_lr: float | None) -> dict[str, float]:
+    return {name: rate for name, rate in (("lr", lr), ("head_lr", head_lr)) if rate is not None}
+
+
+def _show(run: Callable[[Tell], Any], as_json: bool) -> None:
     with bars() as tell:
-        result = train_task(bank, model, data, out, settings, eval_data=evaluate, resume=resume, progress=tell)
+        result = run(tell)
     if as_json:
         print_json({**asdict(result), "out": str(result.out)})
         return
     print_table(
-        f"Task {out}",
+        f"Task {result.out}",
         ("", "trained values", "of the head", "bytes", "loss before", "after", "accuracy before", "after"),
         [
             (
-                task.value,
+                result.task,
                 f"{result.trained:,}",
                 f"{result.head:,}",
                 f"{result.bytes:,}",

@@ -1,6 +1,7 @@
 """SHiRA (arXiv:2406.13175): an adapter as one or two per cent of the base weights, changed in place.
 
-``ShiraTunerConfig`` and ``calibrate`` need PEFT, and make the method known to it when they're first asked for.
+``ShiraTunerConfig``, ``calibrate`` and ``optimizer_groups`` need PEFT, and make the method known to it when they're
+first asked for.
 """
 
 import importlib
@@ -15,7 +16,7 @@ from adapterbank.shira.hooks import MaskedGradients, mask_gradients
 from adapterbank.shira.switch import Switcher
 
 if TYPE_CHECKING:
-    from adapterbank.shira.tuner import ShiraTunerConfig, calibrate
+    from adapterbank.shira.tuner import ShiraTunerConfig, calibrate, optimizer_groups
 
 __all__ = [
     "Interference",
@@ -34,6 +35,7 @@ __all__ = [
     "interference",
     "mask_gradients",
     "masks",
+    "optimizer_groups",
     "save_as_shira",
     "save_as_supertuning",
     "to_lora",
@@ -41,6 +43,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("ShiraTunerConfig", "calibrate"):
+    if name in ("ShiraTunerConfig", "calibrate", "optimizer_groups"):
         return getattr(importlib.import_module("adapterbank.shira.tuner"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,6 +15,10 @@ from adapterbank.errors import AdapterError
 from adapterbank.shira.masks import dtype_of
 
 Shape = tuple[int, int]
+Model = nn.Module | Mapping[str, Tensor]
+"""Whatever holds the weights: a model, or its parameters by name."""
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types that can be changed in place."""
 _HASHED = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -55,8 +59,11 @@ class SparseUpdate:
                 f"positions are {positions.dtype} {tuple(positions.shape)}, values {values.dtype} "
                 f"{tuple(values.shape)}; there must be as many"
             )
-        if positions.dtype not in (torch.int32, torch.int64) or not values.is_floating_point():
-            raise AdapterError(f"positions are {positions.dtype}, values {values.dtype}; give integers and floats")
+        if positions.dtype not in (torch.int32, torch.int64) or values.dtype not in FLOATS:
+            raise AdapterError(
+                f"positions are {positions.dtype}, values {values.dtype}; give int32 or int64, and floats of 16 bits "
+                "or more"
+            )
         order = positions.long().argsort()
         checked = cls(positions=positions[order].long().cpu(), values=values[order].detach().cpu(), shape=shape)
         return replace(checked, positions=checked.positions.to(dtype_of(shape)))
@@ -179,12 +186,13 @@ class SparseDelta:
     # --- in place ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def apply_(self, model: nn.Module, *, alpha: float = 1.0, check: bool = True) -> dict[str, Tensor]:
-        """Add the update to a model's weights in place.
+    def apply_(self, model: Model, *, alpha: float = 1.0, heads: bool = True, check: bool = True) -> dict[str, Tensor]:
+        """Add the update to a model's weights in place, and put in its task head where it has one.
 
         Args:
             model: The base model; its names may have other leading parts than the adapter's.
-            alpha: Strength; 0 leaves the model as it is.
+            alpha: Strength; 0 leaves the weights as they are.
+            heads: Off: weights only.
             check: Compare the fingerprint of the base where the adapter has one.
 
         Returns:
@@ -194,31 +202,39 @@ class SparseDelta:
             AdapterError: If a parameter is missing, of another shape, no plain dense tensor, or another base model's.
                 Then no weight has changed.
         """
-        weights = self.weights_in(model)
+        weights, places = self.weights_in(model), self.heads_in(model) if heads else {}
         saved = {name: gathered(weights[name], update.positions) for name, update in self.updates.items()}
         if check:
             self.check_base(saved)
+        saved |= {name: place.detach().clone() for name, place in places.items()}
         for name, update in self.updates.items():
             # in float32: a product in bfloat16 would round twice
             new = saved[name].float() + alpha * update.values.to(saved[name].device, torch.float32)
             put_(weights[name], update.positions, new)
+        for name, place in places.items():
+            place.detach().copy_(self.extras[name])
         return saved
 
     @torch.no_grad()
-    def restore_(self, model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    def restore_(self, model: Model, saved: Mapping[str, Tensor]) -> None:
         """Write back what :meth:`apply_` returned."""
         weights = self.weights_in(model)
         for name, update in self.updates.items():
             put_(weights[name], update.positions, saved[name])
+        places = self.heads_in(model) if saved.keys() >= self.extras.keys() else {}
+        for name, place in places.items():
+            place.detach().copy_(saved[name])
 
-    def weights_in(self, model: nn.Module) -> dict[str, Tensor]:
+    def weights_in(self, model: Model) -> dict[str, Tensor]:
         """The model's tensor for each parameter of the delta.
 
         Raises:
-            AdapterError: If one is missing, has another shape, or can't be changed in place.
+            AdapterError: If one is missing, has another shape, is another parameter too, or can't be changed in place.
         """
-        where, present = f"adapter {self.name!r}", dict(model.named_parameters(remove_duplicate=False))
-        found, owners = dict[str, Tensor](), dict[int, str]()
+        where, present = f"adapter {self.name!r}", tensors_of(model)
+        owners, found = dict[int, list[str]](), dict[str, Tensor]()
+        for name, tensor in present.items():
+            owners.setdefault(tensor.data_ptr(), []).append(name)
         places = match_modules(self.updates, present)
         for name, update in self.updates.items():
             if name not in places:
@@ -229,16 +245,32 @@ class SparseDelta:
                     f"{where}: {name} is {update.shape}, the model's {places[name]} {tuple(weight.shape)}; load the "
                     "base of this adapter"
                 )
-            if not weight.is_floating_point() or not weight.is_contiguous() or weight.is_meta:
+            if weight.dtype not in FLOATS or not weight.is_contiguous() or weight.is_meta:
                 raise AdapterError(
                     f"{where}: {places[name]} is no dense floating-point tensor of its own ({weight.dtype}, "
                     f"{'meta' if weight.is_meta else 'strides ' + str(weight.stride())}); load the base unquantised"
                 )
-            if weight.data_ptr() in owners:
-                raise AdapterError(f"{where}: {name} and {owners[weight.data_ptr()]} are one tensor of the model: tied")
-            owners[weight.data_ptr()] = name
+            if len(tied := owners[weight.data_ptr()]) > 1:
+                raise AdapterError(f"{where}: {' and '.join(tied)} are one tensor of the model: both would change")
             found[name] = weight
         return found
+
+    def heads_in(self, model: Model) -> dict[str, Tensor]:
+        """The model's tensor for each of the ``extras``.
+
+        Raises:
+            AdapterError: If one is missing or has another shape.
+        """
+        where, present = f"adapter {self.name!r}", tensors_of(model)
+        places = match_modules(self.extras, present)
+        for name, head in self.extras.items():
+            there = tuple(present[places[name]].shape) if name in places else None
+            if there != tuple(head.shape):
+                raise AdapterError(
+                    f"{where} brings its own {name}, {tuple(head.shape)}; the model's is "
+                    f"{there or 'missing'}: load the base with such a head, or pass heads=False for the weights alone"
+                )
+        return {name: present[places[name]] for name in self.extras}
 
     def check_base(self, values: Mapping[str, Tensor]) -> None:
         """Compare base values at the positions with the fingerprints.
@@ -259,6 +291,13 @@ class SparseDelta:
             f"SparseDelta({self.name!r}, base={self.base!r}, nnz={self.nnz:,}, density={self.density:.2%}, "
             f"parameters={len(self.updates)})"
         )
+
+
+def tensors_of(model: Model) -> dict[str, Tensor]:
+    """Parameters and buffers by name, tied ones under each of theirs."""
+    if isinstance(model, nn.Module):
+        return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    return dict(model)
 
 
 def gathered(weight: Tensor, positions: Int[Tensor, " nnz"]) -> Float[Tensor, " nnz"]:

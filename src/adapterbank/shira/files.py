@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adapterbank.adapters.names import base_model_id, match_modules
 from adapterbank.adapters.peft_config import peft_type
@@ -18,7 +18,7 @@ from adapterbank.adapters.peft_files import open_source, write_directory
 from adapterbank.adapters.peft_keys import PREFIX, WRAPPED
 from adapterbank.adapters.tensors import TensorSource
 from adapterbank.errors import AdapterError
-from adapterbank.shira.delta import SparseDelta, SparseUpdate, read_fingerprint
+from adapterbank.shira.delta import Model, SparseDelta, SparseUpdate, read_fingerprint, tensors_of
 
 TYPE = "SPARSE_SHIRA"
 """``peft_type`` of our own files."""
@@ -48,7 +48,7 @@ def load(
     source: str | Path | Mapping[str, Tensor],
     *,
     name: str | None = None,
-    model: nn.Module | None = None,
+    model: Model | None = None,
     config: Mapping[str, Any] | None = None,
     allow_pickle: bool = False,
 ) -> SparseDelta:
@@ -57,7 +57,7 @@ def load(
     Args:
         source: Directory, file, hub id, or a state dict.
         name: Of the adapter; by default that of the directory.
-        model: The base model. PEFT's files don't say how large its layers are, so they need it.
+        model: The base model, or its parameters by name. PEFT's files don't say how large layers are, so they need it.
         config: In the place of the ``adapter_config.json``.
         allow_pickle: Read a ``.bin`` file, restricted to plain weights.
 
@@ -70,7 +70,7 @@ def load(
     if kind not in LAYOUTS:
         raise AdapterError(f"{where}: its peft_type is {kind[:40]!r}, expected {', '.join(LAYOUTS)}")
     layers, extras = _sorted(tensors, LAYOUTS[kind], where)
-    weights = None if model is None else dict(model.named_parameters())
+    weights = None if model is None else tensors_of(model)
     updates = {}
     for layer, keys in layers.items():
         parameter = f"{layer}.weight"

@@ -123,10 +123,18 @@ def _largest(scores: Float[Tensor, "d_out d_in"], density: float, part: int) -> 
 
 def _top(flat: Float[Tensor, " total"], count: int) -> Int[Tensor, " count"]:
     """Ascending positions of the ``count`` largest values; of equal ones the first."""
-    # a sort of all would take ten times as long
-    least = flat.topk(count, sorted=False).values.min()
+    least = _nth_largest(flat, count)
     above, tied = (flat > least).nonzero()[:, 0], (flat == least).nonzero()[:, 0]
     return torch.cat([above, tied[: count - len(above)]]).sort().values
+
+
+def _nth_largest(flat: Float[Tensor, " total"], n: int) -> float:
+    # a sort of all would take ten times as long
+    if flat.device.type != "cpu":
+        return float(flat.topk(n, sorted=False).values.min())
+    # pairs of values and indices, as topk has them on a CPU, would take four times the memory
+    values = (flat if flat.dtype == torch.float64 else flat.float()).numpy()
+    return float(np.partition(values, -n)[-n])
 
 
 def _positions(ascending: Int[Tensor, " nnz"], shape: tuple[int, int]) -> Int[Tensor, " nnz"]:

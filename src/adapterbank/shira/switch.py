@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ Source = SparseDelta | str | Path
 
 
 class Switcher:
-    """Fuses one of several sparse adapters at a time into a model's weights.
+    """Fuses one of several sparse adapters at a time into a model's weights, with its task head where it has one.
 
     Base values are saved once for each adapter and written back as they were, so the base comes back bit for bit after
     any sequence of switches. Adapters are opened when they're first needed.
@@ -30,8 +30,8 @@ class Switcher:
         adapters: By name: adapters, directories, files or hub ids; or a directory of adapters' directories.
         memory: Bytes that opened adapters may take together; the one used longest ago goes first, and is read again
             when it is needed. By default there is no limit. Adapters given as objects stay.
-        exact: Write back what was overwritten. Off: subtract and add, which drifts, and is no faster on a CPU.
-        check: Compare each adapter's fingerprint of its base; without ``exact`` only that of the first.
+        heads: Off: weights only.
+        check: Compare each adapter's fingerprint of its base.
 
     Raises:
         AdapterError: If a name can't name an adapter, or the directory holds none.
@@ -43,10 +43,10 @@ class Switcher:
         adapters: Mapping[str, Source] | str | Path,
         *,
         memory: int | None = None,
-        exact: bool = True,
+        heads: bool = True,
         check: bool = True,
     ) -> None:
-        self.model, self.memory, self.exact, self.check = model, memory, exact, check
+        self.model, self.memory, self.heads, self.check = model, memory, heads, check
         self.active: str | None = None
         """Name of the adapter that is in the weights; none: they are the base model's."""
         self._sources: dict[str, Source] = {}
@@ -54,6 +54,8 @@ class Switcher:
         self._coming: dict[str, Future[SparseDelta]] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapterbank-prefetch")
         self._free = threading.Condition()
+        self._line: list[object] = []
+        """Who waits, the first in front: a stream of readers must not keep a writer out."""
         self._users: list[int] = []
         """Threads inside :meth:`use`."""
         for name, source in (_in(adapters) if isinstance(adapters, (str, Path)) else adapters).items():
@@ -81,8 +83,8 @@ class Switcher:
         Raises:
             UnknownNameError: If there is none of that name.
         """
-        self._known(name)
-        with self._alone():
+        with self._turn(lambda: not self._users, "remove it"):
+            self._known(name)
             if self.active == name:
                 self._take_out()
             self._ready.pop(name, None)
@@ -95,8 +97,8 @@ class Switcher:
         Raises:
             UnknownNameError: If there is none of that name.
         """
-        self._known(name)
         with self._free:
+            self._known(name)
             source = self._sources[name]
             if name not in self._ready and name not in self._coming and not isinstance(source, SparseDelta):
                 self._coming[name] = self._reader.submit(SparseDelta.load, source, name=name, model=self.model)
@@ -108,59 +110,71 @@ class Switcher:
 
         Args:
             name: Which.
-            alpha: Its strength.
+            alpha: Its strength; a task head has none.
 
         Raises:
             UnknownNameError: If there is none of that name.
             AdapterError: If it can't be read or doesn't fit the model; the weights are then as they were.
         """
-        self._known(name)
-        with self._alone():
-            self._put_in(name, alpha)
+        delta = self._read(name)
+        with self._turn(lambda: not self._users, f"switch to {name!r}"):
+            self._put_in(name, alpha, delta)
 
     def restore(self) -> None:
         """Bring back the base model; waits for those inside :meth:`use`."""
-        with self._alone():
+        with self._turn(lambda: not self._users, "restore the base"):
             self._take_out()
 
     @contextmanager
     def use(self, name: str, *, alpha: float = 1.0) -> Iterator[None]:
         """Hold an adapter in the weights: no other thread switches until the block is left.
 
-        Any number of threads may use one adapter at a time; those that want another wait. The adapter stays in the
-        weights afterwards.
+        Any number of threads may use one adapter at a time; those that want another wait, in the order in which they
+        came. The adapter stays in the weights afterwards.
 
         Raises:
             UnknownNameError: If there is none of that name.
             AdapterError: As :meth:`switch`; or inside a block of another adapter.
         """
-        self._known(name)
-        with self._free:
-            while self._users and not self._is_in(name, alpha):
-                self._refuse_inside(name)
-                self._free.wait()
-            if not self._is_in(name, alpha):
-                self._put_in(name, alpha)
-            self._users.append(threading.get_ident())
+        me = threading.get_ident()
+        if not self._joined(me, name, alpha):
+            delta = self._read(name)
+            with self._turn(lambda: not self._users or self._is_in(name, alpha), f"use {name!r}"):
+                self._put_in(name, alpha, delta)
+                self._users.append(me)
         try:
             yield
         finally:
             with self._free:
-                self._users.remove(threading.get_ident())
+                self._users.remove(me)
                 self._free.notify_all()
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _joined(self, me: int, name: str, alpha: float) -> bool:
+        """Whether this thread is inside a block of the same adapter, and so inside one more: it needn't wait."""
         with self._free:
-            while self._users:
-                self._refuse_inside("another")
-                self._free.wait()
-            yield
-            self._free.notify_all()
+            if me not in self._users or not self._is_in(name, alpha):
+                return False
+            self._users.append(me)
+            return True
 
-    def _refuse_inside(self, wanted: str) -> None:
-        if threading.get_ident() in self._users:
-            raise AdapterError(f"this thread is inside use({self.active!r}) and would wait for itself for {wanted}")
+    @contextmanager
+    def _turn(self, free: Callable[[], bool], purpose: str) -> Iterator[None]:
+        """Wait in line until something may be done, and keep everybody else out meanwhile."""
+        me = object()
+        with self._free:
+            if threading.get_ident() in self._users:
+                raise AdapterError(
+                    f"this thread is inside use({self.active!r}) and would wait for itself to {purpose}; leave the "
+                    "block first"
+                )
+            self._line.append(me)
+            try:
+                while self._line[0] is not me or not free():
+                    self._free.wait()
+                yield
+            finally:
+                self._line.remove(me)
+                self._free.notify_all()
 
     def _is_in(self, name: str, alpha: float) -> bool:
         return self.active == name and self._ready[name].alpha == alpha
@@ -171,39 +185,47 @@ class Switcher:
 
     # --- the weights ------------------------------------------------------------------------------------------------
 
+    def _read(self, name: str) -> SparseDelta | None:
+        """The adapter, read while others go on; none if it is in memory."""
+        with self._free:
+            self._known(name)
+            if name in self._ready:
+                return None
+            found = self._coming.pop(name, None) or self._sources[name]
+        return self._opened(name, found)
+
+    def _opened(self, name: str, found: "Source | Future[SparseDelta]") -> SparseDelta:
+        if isinstance(found, Future):
+            return found.result()
+        return found if isinstance(found, SparseDelta) else SparseDelta.load(found, name=name, model=self.model)
+
     @torch.no_grad()
-    def _put_in(self, name: str, alpha: float) -> None:
+    def _put_in(self, name: str, alpha: float, delta: SparseDelta | None) -> None:
+        self._known(name)  # somebody may have removed it
         if self._is_in(name, alpha):
             return
-        delta = None if name in self._ready else self._read(name)
         before = self.active
         self._take_out()
-        if delta is not None:
+        if name not in self._ready:
             try:
-                # with sums the base is no longer quite what it was
-                check = self.check and (self.exact or not self._ready)
-                self._ready[name] = _Ready.of(delta, self.model, check=check)
+                if delta is None:  # it was in memory, and has made room since
+                    delta = self._opened(name, self._sources[name])
+                self._ready[name] = _Ready.of(delta, self.model, heads=self.heads, check=self.check)
             except BaseException:  # of whatever kind: the one that was there comes back
                 if before is not None:
-                    self._put_in(before, self._ready[before].alpha)
+                    self._put_in(before, self._ready[before].alpha, None)
                 raise
         ready = self._ready[name]
         self._ready.move_to_end(name)
         self.active = name  # before the first write: restoring is right after any number of them
-        ready.apply_(alpha, exact=self.exact)
+        ready.apply_(alpha)
         self._make_room()
 
     @torch.no_grad()
     def _take_out(self) -> None:
         if self.active is not None:
-            self._ready[self.active].restore_(exact=self.exact)
+            self._ready[self.active].restore_()
             self.active = None
-
-    def _read(self, name: str) -> SparseDelta:
-        coming, source = self._coming.pop(name, None), self._sources[name]
-        if coming is not None:
-            return coming.result()
-        return source if isinstance(source, SparseDelta) else SparseDelta.load(source, name=name, model=self.model)
 
     def _make_room(self) -> None:
         if self.memory is None:
@@ -226,23 +248,36 @@ class _Part:
     new: Tensor | None = None
     """Base and values together, at full strength."""
 
-    def to_device(self) -> None:
-        """Follow a model that has moved."""
-        device = self.weight.device
-        if self.index.device != device:
-            self.index, self.values, self.base = (t.to(device) for t in (self.index, self.values, self.base))
-            self.new = None if self.new is None else self.new.to(device)
+    def follow(self) -> None:
+        """Go where the model has gone: to another device, or another type, in which its base values are these."""
+        device, dtype = self.weight.device, self.weight.dtype
+        if self.base.device != device or self.base.dtype != dtype:
+            self.index, self.values = self.index.to(device), self.values.to(device)
+            self.base, self.new = self.base.to(device, dtype), None
 
     def changed(self, alpha: float) -> Tensor:
         """What the weight holds with the adapter."""
-        if alpha == 1:
-            if self.new is None:
-                self.new = self._sum(alpha)
-            return self.new
-        return self._sum(alpha)
+        if alpha != 1:
+            return self._sum(alpha)
+        if self.new is None:
+            self.new = self._sum(1.0)
+        return self.new
 
     def _sum(self, alpha: float) -> Tensor:
         return (self.base.float() + alpha * self.values).to(self.weight.dtype)
+
+    def put_(self, values: Tensor) -> None:
+        """Overwrite."""
+        self.weight.data.view(-1).scatter_(0, self.index, values)
+
+
+@dataclass(kw_only=True, eq=False)
+class _Head:
+    """A tensor that is exchanged as a whole."""
+
+    place: Tensor
+    base: Tensor
+    new: Tensor
 
 
 @dataclass(kw_only=True, eq=False)
@@ -250,12 +285,13 @@ class _Ready:
     """An adapter with everything that a switch needs."""
 
     parts: list[_Part]
+    heads: list[_Head]
     alpha: float = field(default=1.0)
 
     @classmethod
-    def of(cls, delta: SparseDelta, model: nn.Module, *, check: bool) -> "_Ready":
+    def of(cls, delta: SparseDelta, model: nn.Module, *, heads: bool, check: bool) -> "_Ready":
         """Of a model whose weights are the base model's."""
-        weights = delta.weights_in(model)
+        weights, places = delta.weights_in(model), delta.heads_in(model) if heads else {}
         base = {name: gathered(weights[name], update.positions) for name, update in delta.updates.items()}
         if check:
             delta.check_base(base)
@@ -268,36 +304,36 @@ class _Ready:
             )
             for name, update in delta.updates.items()
         ]
-        return cls(parts=parts)
+        return cls(
+            parts=parts,
+            heads=[_Head(place=p, base=p.detach().clone(), new=delta.extras[name]) for name, p in places.items()],
+        )
 
-    def apply_(self, alpha: float, *, exact: bool) -> None:
+    def apply_(self, alpha: float) -> None:
         """Write the adapter into weights that are the base model's."""
         self.alpha = alpha
         for part in self.parts:
-            part.to_device()
+            part.follow()
         # what takes memory comes before the first write
-        news = [p.changed(alpha) if exact else (alpha * p.values).to(p.weight.dtype) for p in self.parts]
+        news = [part.changed(alpha) for part in self.parts]
         for part, new in zip(self.parts, news, strict=True):
-            flat = part.weight.data.view(-1)
-            if exact:
-                flat.scatter_(0, part.index, new)
-            else:
-                flat.scatter_add_(0, part.index, new)
+            part.put_(new)
+        for head in self.heads:
+            head.place.data.copy_(head.new)
 
-    def restore_(self, *, exact: bool) -> None:
+    def restore_(self) -> None:
         """Take it out again."""
         for part in self.parts:
-            part.to_device()
-            flat = part.weight.data.view(-1)
-            if exact:
-                flat.scatter_(0, part.index, part.base)
-            else:
-                flat.scatter_add_(0, part.index, (-self.alpha * part.values).to(flat.dtype))
+            part.follow()
+            part.put_(part.base)
+        for head in self.heads:
+            head.place.data.copy_(head.base)
 
     @property
     def bytes(self) -> int:
         """In memory."""
         tensors = [t for p in self.parts for t in (p.index, p.values, p.base, p.new) if t is not None]
+        tensors += [tensor for head in self.heads for tensor in (head.base, head.new)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

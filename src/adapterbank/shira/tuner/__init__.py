@@ -6,7 +6,8 @@ from adapterbank.shira.tuner.calibration import calibrate
 from adapterbank.shira.tuner.config import PREFIX, ShiraTunerConfig
 from adapterbank.shira.tuner.layer import SparseLayer
 from adapterbank.shira.tuner.model import ShiraTunerModel
+from adapterbank.shira.tuner.optimizer import optimizer_groups
 
 register(TYPE, ShiraTunerConfig, ShiraTunerModel, PREFIX)
 
-__all__ = ["ShiraTunerConfig", "ShiraTunerModel", "SparseLayer", "calibrate"]
+__all__ = ["ShiraTunerConfig", "ShiraTunerModel", "SparseLayer", "calibrate", "optimizer_groups"]

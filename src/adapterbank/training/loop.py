@@ -1,24 +1,19 @@
-"""Train a task in a bank from a file of examples: transformers' Trainer, our learning rates, one adapter directory."""
+"""Training a task from a file of examples: transformers' Trainer, our learning rates, one adapter directory."""
 
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoImageProcessor,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     PrinterCallback,
@@ -30,10 +25,8 @@ from transformers import (
 from transformers.utils import logging
 
 from adapterbank.adapters.names import base_model_id
-from adapterbank.bank import Bank
-from adapterbank.errors import AdapterBankError, BankError
-from adapterbank.tuner.config import EigenLoraConfig
-from adapterbank.tuner.examples import (
+from adapterbank.errors import AdapterBankError
+from adapterbank.training.examples import (
     IGNORED,
     TASKS,
     encoded,
@@ -41,10 +34,8 @@ from adapterbank.tuner.examples import (
     read_examples,
     split,
 )
-from adapterbank.tuner.gradients import augment
-from adapterbank.tuner.live import adapter_config
-from adapterbank.tuner.optimizer import COEFFICIENT_LR, HEAD_LR, optimizer_groups
-from adapterbank.tuner.run_directory import (
+from adapterbank.training.models import BaseModel, load_base
+from adapterbank.training.run_directory import (
     Scores,
     check_losses,
     check_out,
@@ -57,20 +48,11 @@ from adapterbank.tuner.run_directory import (
 
 Tell = Callable[[str, int, int], None]
 """``tell(stage, done, total)``, as in ``Bank.fit``."""
-_MODELS = {
-    "seq-cls": AutoModelForSequenceClassification,
-    "causal-lm": AutoModelForCausalLM,
-    "image-cls": AutoModelForImageClassification,
-}
-
-
-DIRECTIONS = 16
-"""Of the bank and of the gradient by default: together what did best in ``docs/benchmarks/adaptation.md``."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskSettings:
-    """How a task is trained; equal settings and equal data give the same adapter.
+class Settings:
+    """How a task is trained, whatever the adapter; equal settings and equal data give the same one.
 
     Raises:
         AdapterBankError: If a value is out of range.
@@ -78,19 +60,11 @@ class TaskSettings:
 
     task: str
     """``seq-cls``, ``causal-lm`` or ``image-cls``."""
-    r: int = 8
-    k: int | None = None
-    """Directions of the bank's basis; by default 16, or as many as there are."""
-    start: str = "mean"
-    """Where the coefficients start; see ``EigenLoraConfig``."""
     epochs: int = 3
     batch: int = 16
-    lr: float = COEFFICIENT_LR
-    """Of the coefficients."""
-    head_lr: float = HEAD_LR
-    gradient_directions: int | None = None
-    """Directions of the task's own gradient beside the bank's, see ``adapterbank.tuner.augment``; by default 16, none
-    in a flat bank."""
+    lr: float
+    """Of the adapter."""
+    head_lr: float
     max_tokens: int = 256
     """Longer texts lose their end, longer prompts their beginning."""
     eval_share: float = 0.1
@@ -102,12 +76,44 @@ class TaskSettings:
             raise AdapterBankError(f"task={self.task!r} is unknown; choose from {', '.join(TASKS)}")
         if not 0 < self.eval_share < 1:
             raise AdapterBankError(f"eval_share={self.eval_share} is no share; give a number between 0 and 1")
-        for name, least in (("epochs", 1), ("batch", 1), ("gradient_directions", 0), ("max_tokens", 2)):
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise AdapterBankError(f"{name}={getattr(self, name)} is too small; give at least {least}")
+        self.check_least(epochs=1, batch=1, max_tokens=2)
         for name in ("lr", "head_lr"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise AdapterBankError(f"{name}={getattr(self, name)} is no learning rate; give a number above 0")
+
+    def check_least(self, **least: int) -> None:
+        """Refuse smaller values of some fields; none is none."""
+        for name, value in least.items():
+            if getattr(self, name) is not None and getattr(self, name) < value:
+                raise AdapterBankError(f"{name}={getattr(self, name)} is too small; give at least {value}")
+
+
+class Method(ABC):
+    """What one kind of adapter does in a training."""
+
+    settings: Settings
+    looking: str | None
+    """The stage in which it looks at the task before training; none if it doesn't."""
+
+    @abstractmethod
+    def adapted(self, base: BaseModel, checkpoint: Path | None) -> Any:
+        """The PEFT model with a fresh adapter, or with room for what a checkpoint holds."""
+
+    @abstractmethod
+    def look(self, model: Any, batches: Iterable[Any]) -> None:
+        """Look at the task's gradient before training."""
+
+    @abstractmethod
+    def optimizer_groups(self, model: Any) -> list[dict[str, Any]]:
+        """Parameters with their learning rates."""
+
+    @abstractmethod
+    def made_of(self, model: Any) -> dict[str, Any]:
+        """What a resumed training must have in common with the one that began, beside settings, model and data."""
+
+    @abstractmethod
+    def save(self, model: Any, directory: str) -> None:
+        """Write the adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,42 +138,38 @@ class TaskResult:
     seconds: float
 
 
-def train_task(
-    bank: Bank | str | PathLike[str],
+def train(
+    method: Method,
     model: str | PathLike[str],
     data: str | PathLike[str],
     out: str | PathLike[str],
-    settings: TaskSettings,
     *,
     eval_data: str | PathLike[str] | None = None,
     resume: bool = False,
     progress: Tell | None = None,
 ) -> TaskResult:
-    """Train a task's coefficients and head, and write the adapter.
+    """Train an adapter and a head, and write them.
 
     Afterwards ``out`` holds ``adapter_config.json``, ``adapter_model.safetensors`` and, with labels, ``labels.json``.
     While it lasts, ``out/checkpoints`` keeps what ``resume`` needs; a training that fails before its first checkpoint
     leaves nothing.
 
     Args:
-        bank: The bank to train in.
-        model: Directory or hub id of the bank's base model.
+        method: The kind of adapter, with its settings.
+        model: Directory or hub id of the base model.
         data: A file with one JSON object a line; see ``FIELDS``.
         out: A new or empty directory.
-        settings: How to train.
         eval_data: A file like ``data`` to evaluate on; by default a share of ``data``.
         resume: Continue from the last checkpoint in ``out``, if there is one.
         progress: Told about each stage.
 
     Raises:
-        MissingFileError: If the bank or a file isn't there.
+        MissingFileError: If a file isn't there.
         AdapterBankError: If the data, the model or ``out`` can't be used.
     """
-    start, data, out = time.monotonic(), Path(data).expanduser(), Path(out).expanduser()
+    start, data, out, settings = time.monotonic(), Path(data).expanduser(), Path(out).expanduser(), method.settings
     tell = progress or (lambda stage, done, total: None)
     check_out(out, resume=resume)
-    bank = bank if isinstance(bank, Bank) else Bank.load(Path(bank).expanduser())
-    settings = _in_full(settings, bank)
     examples = read_examples(data, settings.task)
     labels = labels_of(examples, data) if settings.task != "causal-lm" else []
     if eval_data is None:
@@ -177,21 +179,22 @@ def train_task(
     checkpoint = last_checkpoint(out) if resume else None
     with _quiet():
         tell("load model", 0, 1)
-        base, processor, heads = _load(str(model), settings, labels)
-        most = _most_tokens(base, processor, settings)
+        base = load_base(str(model), settings.task, labels, settings.seed)
+        most = base.most_tokens(settings.max_tokens)
+        torch.manual_seed(settings.seed)
         run = _Run(
-            settings=settings,
-            model=_in_bank(base, bank, settings, heads, augmented=checkpoint is not None),
-            processor=processor,
-            train=encoded(examples, processor, settings.task, labels, most),
-            evaluate=encoded(held_out, processor, settings.task, labels, most),
+            method=method,
+            model=method.adapted(base, checkpoint),
+            processor=base.processor,
+            train=encoded(examples, base.processor, settings.task, labels, most),
+            evaluate=encoded(held_out, base.processor, settings.task, labels, most),
             tell=tell,
         )
         tell("load model", 1, 1)
         made_of = {
             **asdict(settings),
+            **method.made_of(run.model),
             "model": base_model_id(str(model)),
-            "bank": adapter_config(run.model).bank_fingerprint,
             "data": hash_examples(examples + held_out),
         }
         if checkpoint is not None:
@@ -202,7 +205,7 @@ def train_task(
                 (place / "run.json").write_text(json.dumps({"made_of": made_of, "before": asdict(before)}))
             epochs = run.trained(place, checkpoint)
             check_losses(epochs, place)
-            finish(run.model, out, labels, bank.index.base or base_model_id(str(model)))
+            finish(lambda directory: method.save(run.model, directory), out, labels)
     trained = {name: p.numel() for name, p in run.model.named_parameters() if p.requires_grad}
     return TaskResult(
         out=out,
@@ -220,121 +223,45 @@ def train_task(
     )
 
 
-# --- model ------------------------------------------------------------------------------------------------------------
-
-
-def _load(model: str, settings: TaskSettings, labels: list[str]) -> tuple[Any, Any, list[str]]:
-    """The base model with a fresh head, its tokenizer or image processor, and what to train beside the adapter."""
-    torch.manual_seed(settings.seed)  # the head's start
-    names: dict[str, Any] = {}
-    if labels:
-        names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
-        # of another task's head with as many outputs nothing but the size would be right
-        names |= {"num_labels": len(labels), "ignore_mismatched_sizes": True}
-    images = settings.task == "image-cls"
-    try:
-        processor: Any = (AutoImageProcessor if images else AutoTokenizer).from_pretrained(model)
-        base, info = _MODELS[settings.task].from_pretrained(model, output_loading_info=True, **names)
-    except (OSError, ValueError, ImportError) as error:  # ImportError: a tokenizer that needs another package
-        reason = str(error).strip().split("\n")[0]
-        raise AdapterBankError(f"{model} can't be loaded as a model for {settings.task}: {reason}") from error
-    missing = sorted(info["missing_keys"])
-    if not labels and missing:
-        raise AdapterBankError(f"{model} is no language model: it has no {missing[0]}; train seq-cls with it instead")
-    if not images:
-        _pad(base, processor, model)
-    return base, processor, _heads(base, missing) if labels else []
-
-
-def _pad(base: Any, tokenizer: Any, model: str) -> None:
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise AdapterBankError(f"{model}: its tokenizer has no token to pad with, and none that ends a text")
-        tokenizer.pad_token = tokenizer.eos_token
-    # models that read the last token find it by this
-    base.config.pad_token_id = tokenizer.pad_token_id
-
-
-def _most_tokens(base: Any, processor: Any, settings: TaskSettings) -> int:
-    limits = (getattr(processor, "model_max_length", None), getattr(base.config, "max_position_embeddings", None))
-    return min([settings.max_tokens, *(int(limit) for limit in limits if limit)])
-
-
-def _in_full(settings: TaskSettings, bank: Bank) -> TaskSettings:
-    """With the defaults that depend on the bank."""
-    k, gradient = settings.k, settings.gradient_directions
-    if gradient is None:
-        gradient = 0 if bank.index.method == "flat" else DIRECTIONS
-    if k is None and gradient:
-        try:
-            bank.basis(DIRECTIONS)
-            k = DIRECTIONS
-        except BankError:
-            k = None  # a small bank: all there are
-    return replace(settings, k=k, gradient_directions=gradient)
-
-
-def _in_bank(base: Any, bank: Bank, settings: TaskSettings, heads: list[str], *, augmented: bool) -> Any:
-    """The model with a fresh adapter; ``augmented`` makes room for directions that a checkpoint holds."""
-    config = EigenLoraConfig(
-        bank=bank,
-        r=settings.r,
-        k=settings.k,
-        start=settings.start,
-        task_type=TASKS[settings.task],
-        modules_to_save=heads or None,
-        gradient_directions=(settings.gradient_directions or 0) if augmented else 0,
-    )
-    torch.manual_seed(settings.seed)
-    model: Any = get_peft_model(base, config)
-    return model
-
-
-def _heads(base: Any, missing: list[str]) -> list[str]:
-    """What stands beside the model's body or wasn't in its file: of heads, PEFT knows two names only."""
-    beside = {name for name, child in base.named_children() if any(True for _ in child.parameters())}
-    beside.discard(base.base_model_prefix)
-    return sorted(beside | {name.rpartition(".")[0] for name in missing if name.split(".")[0] not in beside})
-
-
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Run:
     """A model and its data, ready to train."""
 
-    settings: TaskSettings
+    method: Method
     model: Any
     processor: Any
     train: Any
     evaluate: Any
     tell: Tell
 
+    @property
+    def settings(self) -> Settings:
+        """Of the method."""
+        return self.method.settings
+
     def untrained(self, place: Path) -> Scores:
-        """Scores of the base model with its fresh head; then the gradient's directions, where they're asked for."""
+        """Scores of the base model with its fresh head; then the method looks at the task."""
         trainer = self._trainer(self._arguments(place), (None, None))
         self.tell("evaluate the base model", 0, 1)
         with self.model.disable_adapter():  # the coefficients may start elsewhere
             found = trainer.evaluate()
         self.tell("evaluate the base model", 1, 1)
-        if self.settings.gradient_directions:
+        if self.method.looking:
             seeded = torch.Generator().manual_seed(self.settings.seed)
             loader: Any = DataLoader(
                 self.train, self.settings.batch, shuffle=True, generator=seeded, collate_fn=self._collator()
             )
-            self.tell("find directions", 0, 1)
+            self.tell(self.method.looking, 0, 1)
             batches = ({name: value.to(trainer.args.device) for name, value in batch.items()} for batch in loader)
-            augment(self.model, batches, self.settings.gradient_directions)
-            self.tell("find directions", 1, 1)
+            self.method.look(self.model, batches)
+            self.tell(self.method.looking, 1, 1)
         return Scores(loss=found["eval_loss"], accuracy=found["eval_accuracy"])
 
     def trained(self, place: Path, checkpoint: Path | None) -> list[Scores]:
         """Train to the end, from a checkpoint if there is one; scores of every epoch."""
         arguments = self._arguments(place)
         self.model.to(arguments.device)  # before the optimiser sees it
-        groups = optimizer_groups(self.model, self.settings.lr, head_lr=self.settings.head_lr)
-        optimizer = torch.optim.AdamW(groups)
+        optimizer = torch.optim.AdamW(self.method.optimizer_groups(self.model))
         steps = self.settings.epochs * -(-len(self.train) // arguments.train_batch_size)
         warmup = max(1, steps // 10)
         schedule = torch.optim.lr_scheduler.LambdaLR(

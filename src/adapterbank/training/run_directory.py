@@ -6,15 +6,14 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adapterbank.errors import AdapterBankError
-from adapterbank.tuner.examples import Example
-from adapterbank.tuner.live import adapter_config
+from adapterbank.training.examples import Example
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +101,10 @@ def check_losses(epochs: list[Scores], place: Path) -> None:
             raise AdapterBankError(f"the loss is no number any more after epoch {number}; use a lower lr or head_lr")
 
 
-def finish(model: Any, out: Path, labels: list[str], base: str | None) -> None:
+def finish(save: Callable[[str], None], out: Path, labels: list[str]) -> None:
     """Write the adapter, all or nothing, and drop the checkpoints."""
-    adapter_config(model).base_model_name_or_path = base  # the folder that it was loaded from is nobody's else
     with tempfile.TemporaryDirectory(dir=out, prefix=".") as scratch:
-        model.save_pretrained(scratch, save_embedding_layers=False)
+        save(scratch)
         Path(scratch, "README.md").unlink(missing_ok=True)  # PEFT's empty model card, which names a folder on our disk
         if labels:
             Path(scratch, "labels.json").write_text(json.dumps(labels) + "\n")

@@ -7,14 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
-    BertConfig,
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -25,59 +21,19 @@ from transformers import (
 
 from adapterbank.bank import Bank
 from adapterbank.errors import AdapterBankError, MissingFileError
+from adapterbank.training.examples import read_examples
+from adapterbank.training.in_bank import TaskSettings, train_task
+from adapterbank.training.run_directory import last_checkpoint
 from adapterbank.tuner import load
-from adapterbank.tuner.examples import read_examples
-from adapterbank.tuner.run_directory import last_checkpoint
-from adapterbank.tuner.training import TaskSettings, train_task
 from tiny_models import TARGETS, adapters_for
+from tiny_texts import VOCABULARY, WORDS, Stop, save_bank, save_base, save_rows, stop_at
 
 # PEFT 0.21 still asks transformers 5 for a name that it renamed
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
-WORDS = {"red": "warm", "orange": "warm", "blue": "cold", "green": "cold"}
-VOCABULARY = ["<pad>", "<eos>", "<unk>", *WORDS, "warm", "cold", "thing", *(str(i) for i in range(10))]
 PLAIN = {"r": 4, "k": 8, "start": "base", "gradient_directions": 0, "batch": 8}
 """Nothing but coefficients on the bank's own directions."""
 SETTINGS = TaskSettings(task="seq-cls", epochs=2, **PLAIN)
-
-
-def save_base(model, folder):
-    model.save_pretrained(folder)
-    words = Tokenizer(WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
-    words.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    return folder
-
-
-def save_bank(model, targets, folder):
-    Bank.fit(adapters_for(model, targets), max_error=0.1).save(folder)
-    return folder
-
-
-def save_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture(scope="session")
-def bert(tmp_path_factory):
-    """Base (the body alone, without a head), bank and data for classifying texts; read only."""
-    home = tmp_path_factory.mktemp("bert")
-    torch.manual_seed(0)
-    # wide draws: at the usual 0.02 so small a random model passes no signal on
-    config = BertConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=len(VOCABULARY),
-        max_position_embeddings=16, initializer_range=0.3,
-    )  # fmt: skip
-    model = BertModel(config)
-    save_base(model, home / "tiny-bert")
-    save_bank(model, TARGETS["bert"], home / "colours")
-    # of different lengths, so that there is something to pad
-    rows = [{"text": word + " thing" * (i % 3), "label": label} for i in range(10) for word, label in WORDS.items()]
-    save_rows(home / "train.jsonl", rows)
-    return home
 
 
 def train(home, out, settings=SETTINGS, **options):
@@ -160,7 +116,7 @@ def test_a_language_model_learns_completions_only(tmp_path):
 
 
 def test_a_prompt_that_is_too_long_loses_its_beginning_and_never_its_completion():
-    from adapterbank.tuner.examples import IGNORED, _tokens
+    from adapterbank.training.examples import IGNORED, _tokens
 
     def tokenizer(text, add_special_tokens=True):
         return {"input_ids": [9] * add_special_tokens + [ord(letter) for letter in text]}
@@ -220,18 +176,6 @@ def test_a_broken_image_is_named_and_leaves_nothing(vit):
 
 
 # --- going on after an interruption -----------------------------------------------------------------------------------
-
-
-class Stop(BaseException):
-    """As ctrl-c."""
-
-
-def stop_at(step):
-    def tell(stage, done, total):
-        if (stage, done) == ("train", step):
-            raise Stop
-
-    return tell
 
 
 @pytest.mark.parametrize("directions", [0, 3])
@@ -350,7 +294,7 @@ def test_bytes_that_are_no_text_are_no_json(tmp_path):
 
 
 def test_images_without_pillow_are_refused_with_the_way_out(tmp_path, monkeypatch):
-    monkeypatch.setattr("adapterbank.tuner.examples.is_vision_available", lambda: False)
+    monkeypatch.setattr("adapterbank.training.examples.is_vision_available", lambda: False)
     with pytest.raises(AdapterBankError, match="pip install pillow"):
         read_examples(tmp_path / "train.jsonl", "image-cls")
 
