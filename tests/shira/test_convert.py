@@ -1,10 +1,14 @@
+from dataclasses import replace
+
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from adapterbank.adapters import LoraAdapter, LoraFactors
 from adapterbank.errors import AdapterError
 from adapterbank.shira.convert import from_dense, from_lora, to_lora
 from adapterbank.shira.delta import SparseDelta
+from tiny_models import gpt2
 
 
 def drawn(*shape, seed=0):
@@ -50,6 +54,24 @@ def test_the_nearest_lora_loses_what_eckart_and_young_say(r):
     if r < 20:
         torch.testing.assert_close(torch.linalg.matrix_norm(found, ord=2), singular[r], rtol=1e-3, atol=1e-4)
     assert errors["a.weight"] == pytest.approx(float(found.norm() / dense.norm()), abs=1e-3)
+
+
+def test_gpt_2_s_layers_are_stored_the_other_way_round(tmp_path):
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["c_attn", "c_proj"], init_lora_weights=False, fan_in_fan_out=True)
+    tuned = get_peft_model(gpt2(), config)
+    tuned.save_pretrained(tmp_path / "lora")
+    delta, _ = from_lora(LoraAdapter.load(tmp_path / "lora"), 1.0)
+    ids, model = torch.arange(8)[None], gpt2().eval()
+    delta.apply_(model)
+    expected = tuned.eval()(ids).logits
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-3, atol=1e-4)
+    to_lora(delta, 2)[0].save(tmp_path / "back")
+    back = PeftModel.from_pretrained(gpt2(), tmp_path / "back").eval()
+    torch.testing.assert_close(back(ids).logits, expected, rtol=1e-3, atol=1e-4)
+    unsaid, _ = to_lora(replace(delta, config={}), 2, fan_in_fan_out=True)
+    name = next(iter(unsaid.modules))
+    torch.testing.assert_close(unsaid.factors(name).update(), delta.updates[f"{name}.weight"].dense().T)
 
 
 def test_sparse_updates_have_full_rank():

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from adapterbank.adapters import LoraAdapter, LoraFactors
 from adapterbank.errors import AdapterError
-from adapterbank.shira.delta import SparseDelta, SparseUpdate
+from adapterbank.shira.delta import SparseDelta
+from adapterbank.shira.files import KEPT
 from adapterbank.shira.masks import wm
 
 
@@ -40,18 +41,24 @@ def from_dense(
 
 def from_lora(adapter: LoraAdapter, density: float) -> tuple[SparseDelta, dict[str, float]]:
     """A LoRA's largest entries; its task head comes along. Returns as :func:`from_dense`."""
+    # PEFT's flag for GPT-2's Conv1D, which stores its weight as (d_in, d_out)
+    transposed = bool(adapter.config.get("fan_in_fan_out"))
     updates = {f"{module}.weight": adapter.factors(module).update() for module in adapter.modules}
     extras = {extra: adapter.extra(extra) for extra in adapter.extra_names}
-    kept = {key: adapter.config[key] for key in ("task_type", "modules_to_save") if adapter.config.get(key)}
+    kept = {key: adapter.config[key] for key in KEPT if adapter.config.get(key)}
+    if transposed:
+        updates = {parameter: update.T.contiguous() for parameter, update in updates.items()}
     return from_dense(updates, density, name=adapter.name, base=adapter.base, extras=extras, config=kept)
 
 
-def to_lora(delta: SparseDelta, r: int) -> tuple[LoraAdapter, dict[str, float]]:
+def to_lora(delta: SparseDelta, r: int, *, fan_in_fan_out: bool | None = None) -> tuple[LoraAdapter, dict[str, float]]:
     """The nearest LoRA of a rank (Eckart-Young).
 
     Args:
-        delta: Of parameters stored as ``(d_out, d_in)``, which a Linear has and GPT-2's Conv1D has not.
+        delta: The adapter.
         r: Its rank.
+        fan_in_fan_out: Whether the parameters are stored as ``(d_in, d_out)``, which GPT-2's Conv1D does; by default
+            what the adapter says.
 
     Returns:
         The LoRA, and the relative error of each update: ``sqrt(sum of the further squared singular values)`` over the
@@ -60,21 +67,23 @@ def to_lora(delta: SparseDelta, r: int) -> tuple[LoraAdapter, dict[str, float]]:
     Raises:
         AdapterError: If ``r`` is more than a layer has.
     """
+    config = dict(delta.config)
+    if fan_in_fan_out is not None:
+        config["fan_in_fan_out"] = fan_in_fan_out
     factors, errors = {}, {}
     for parameter, update in delta.updates.items():
         module = parameter.removesuffix(".weight")
         if not 1 <= r <= min(update.shape):
             raise AdapterError(f"adapter {delta.name!r}: r={r} is no rank of {parameter}, which is {update.shape}")
-        A, B, errors[parameter] = _nearest(update, r)
+        dense = update.dense().float()
+        A, B, errors[parameter] = _nearest(dense.T if config.get("fan_in_fan_out") else dense, r)
         factors[module] = LoraFactors(A=A, B=B, scale=1.0)
-    lora = LoraAdapter.from_factors(
-        delta.name, factors, base=delta.base, config=dict(delta.config), extras=dict(delta.extras)
-    )
+    lora = LoraAdapter.from_factors(delta.name, factors, base=delta.base, config=config, extras=dict(delta.extras))
     return lora, errors
 
 
-def _nearest(update: SparseUpdate, r: int) -> tuple[Tensor, Tensor, float]:
-    U, S, Vh = torch.linalg.svd(update.dense().float(), full_matrices=False)
+def _nearest(dense: Float[Tensor, "d_out d_in"], r: int) -> tuple[Tensor, Tensor, float]:
+    U, S, Vh = torch.linalg.svd(dense, full_matrices=False)
     root, energy = S[:r].sqrt(), float(S.double().square().sum())
     error = (float(S[r:].double().square().sum()) / energy) ** 0.5 if energy else 0.0
     return root[:, None] * Vh[:r], U[:, :r] * root, error

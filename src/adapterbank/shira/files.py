@@ -22,7 +22,8 @@ from adapterbank.shira.delta import Model, SparseDelta, SparseUpdate, read_finge
 
 TYPE = "SPARSE_SHIRA"
 """``peft_type`` of our own files."""
-KEPT = ("task_type", "auto_mapping", "revision", "modules_to_save")
+KEPT = ("task_type", "auto_mapping", "revision", "modules_to_save", "fan_in_fan_out")
+"""What a PEFT config says that stays with an adapter, whatever its kind."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -219,6 +220,8 @@ def save_as_supertuning(delta: SparseDelta, directory: str | Path) -> None:
     """
     updates = _by_layer(delta)
     sizes = [(len(u.positions), u.shape[0] * u.shape[1]) for u in updates.values()]
+    if not sizes:
+        raise AdapterError(f"adapter {delta.name!r} changes nothing; there is nothing to write")
     # PEFT keeps int(total * (1 - sparsity)) values
     least, most = max(count / total for count, total in sizes), min((count + 1) / total for count, total in sizes)
     sparsity = 1 - (least + most) / 2
