@@ -116,6 +116,26 @@ def test_a_dense_pair_has_the_norm_of_its_product_and_no_zeros():
     assert awor(one, two) == 0.0
 
 
+@pytest.mark.parametrize("columns_at_once", [1, 7, 30])
+@pytest.mark.parametrize("density", [0.02, 0.3])
+def test_blocks_give_what_the_whole_product_does(monkeypatch, columns_at_once, density):
+    shape = (50, 30)
+    monkeypatch.setattr(fusion, "BLOCK_BYTES", 4 * sum(shape) * columns_at_once)
+    one, two = (update(masks.rand(shape, density, seed=seed), shape, seed) for seed in range(2))
+    product = one.dense().T @ two.dense()
+    assert awom(one, two) == pytest.approx(float(product.norm()), rel=1e-5)
+    assert awom(one, two, order="spectral") == pytest.approx(float(torch.linalg.matrix_norm(product, ord=2)), rel=1e-5)
+    assert awor(one, two) == int((product == 0).sum()) / product.numel()
+
+
+def test_what_cancels_to_zero_counts_as_zero():
+    # the columns' product is 1 * 1 + 1 * -1, though both rows hold both
+    one, two = (
+        SparseUpdate(positions=torch.tensor([0, 2]), values=torch.tensor([1.0, s]), shape=(2, 2)) for s in (1, -1)
+    )
+    assert awor(one, two) == 1.0 and awom(one, two) == 0.0
+
+
 def test_interference_of_adapters_is_that_of_their_layers_together():
     one, two = make_delta(Net(), seed=0), make_delta(Net(), seed=1)
     found = interference(one, two)

@@ -1,7 +1,7 @@
 """Several sparse adapters as one, and how much they are in each other's way."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
@@ -15,6 +15,8 @@ from adapterbank.shira.delta import SparseDelta, SparseUpdate
 from adapterbank.shira.masks import dtype_of
 
 OVERLAPS = ("sum", "mean", "last", "largest")
+BLOCK_BYTES = 1 << 24
+"""Of a product of two adapters at a time: of a layer of 4096, 512 columns."""
 
 
 def fuse(
@@ -110,44 +112,57 @@ def interference(one: SparseDelta, other: SparseDelta) -> Interference:
     pairs = [(one.updates[parameter], other.updates[parameter]) for parameter in common]
     shared = sum(int(torch.isin(a.positions.long(), b.positions.long()).sum()) for a, b in pairs)
     fewest = min(sum(len(a.positions) for a, _ in pairs), sum(len(b.positions) for _, b in pairs))
-    products = [_product(a, b) for a, b in pairs]
+    found = [_energy_and_zeros(a, b) for a, b in pairs]
     return Interference(
         overlap=shared / fewest if fewest else 0.0,
-        awom=math.sqrt(sum(_norm(product) ** 2 for product in products)),
-        awor=sum(map(_zeros, products)) / sum(p.numel() for p in products) if products else 1.0,
+        awom=math.sqrt(sum(energy for energy, _ in found)),
+        awor=sum(zeros for _, zeros in found) / sum(a.shape[1] ** 2 for a, _ in pairs) if pairs else 1.0,
         distance=_distance(one, other),
     )
 
 
 def awom(one: SparseUpdate, other: SparseUpdate, *, order: Literal["fro", "spectral"] = "fro") -> float:
-    """Adapter weight orthogonality magnitude, ``||S1^T S2||`` (the paper says "l2 norm": Frobenius, or spectral)."""
-    return _norm(_product(one, other), order)
+    """Adapter weight orthogonality magnitude, ``||S1^T S2||`` (the paper says "l2 norm": Frobenius, or spectral).
+
+    The spectral norm needs the whole product: ``columns^2`` floats.
+    """
+    if order == "spectral":
+        return float(torch.linalg.matrix_norm(torch.cat(list(_product(one, other)), 1).double(), ord=2))
+    return math.sqrt(_energy_and_zeros(one, other)[0])
 
 
 def awor(one: SparseUpdate, other: SparseUpdate) -> float:
     """Adapter weight orthogonality ratio, ``1 - ||S1^T S2||_0 / m^2``: the share of zeros."""
-    product = _product(one, other)
-    return _zeros(product) / product.numel()
+    return _energy_and_zeros(one, other)[1] / one.shape[1] ** 2
 
 
-def _norm(product: Tensor, order: Literal["fro", "spectral"] = "fro") -> float:
-    return float(torch.linalg.matrix_norm(product.double(), ord="fro" if order == "fro" else 2))
+def _energy_and_zeros(first: SparseUpdate, second: SparseUpdate) -> tuple[float, int]:
+    """``||S1^T S2||_F^2`` and its zeros; entries that cancel to zero count as such, as in the paper."""
+    energy, zeros = 0.0, 0
+    for block in _product(first, second):
+        energy += float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
+        zeros += block.numel() - int(block.count_nonzero())
+    return energy, zeros
 
 
-def _zeros(product: Tensor) -> int:
-    return int((product == 0).sum())
-
-
-def _product(first: SparseUpdate, second: SparseUpdate) -> Float[Tensor, "columns columns"]:
-    """``S1^T S2``; entries that cancel to zero count as zeros, as in the paper."""
+def _product(first: SparseUpdate, second: SparseUpdate) -> Iterator[Float[Tensor, "columns block"]]:
+    """``S1^T S2``, some columns at a time."""
     if first.shape != second.shape:
         raise AdapterError(
             f"the adapters' layers are {first.shape} and {second.shape}; compare those of one base model"
         )
-    places = torch.stack(_coordinates(first))
-    sparse = torch.sparse_coo_tensor(places, first.values.float(), first.shape, check_invariants=False)
-    product: Tensor = torch.sparse.mm(sparse.t(), second.dense().float())
-    return product
+    rows, columns = first.shape
+    own_row, own_column = _coordinates(first)
+    transposed = torch.sparse_coo_tensor(
+        torch.stack([own_column, own_row]), first.values.float(), (columns, rows), check_invariants=False
+    ).coalesce()  # once, not for every block
+    row, column = _coordinates(second)
+    width = max(1, BLOCK_BYTES // (4 * (rows + columns)))
+    for start in range(0, columns, width):
+        inside = (column >= start) & (column < start + width)
+        block = torch.zeros(rows, min(width, columns - start))
+        block[row[inside], column[inside] - start] = second.values[inside].float()
+        yield torch.sparse.mm(transposed, block)
 
 
 def _coordinates(update: SparseUpdate) -> tuple[Tensor, Tensor]:
