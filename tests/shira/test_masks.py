@@ -78,16 +78,27 @@ def test_struct_comes_close_to_the_density(shape, density):
     assert len(masks.struct(shape, density)) == pytest.approx(masks.count_of(shape, density), rel=0.25)
 
 
-def test_struct_masks_of_other_offsets_share_the_diagonal_only():
+@settings(deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.floats(0.001, 1.0))
+def test_struct_is_within_a_row_of_the_density_and_no_less_than_a_row_and_the_diagonal(rows, columns, density):
+    shape, wanted = (rows, columns), masks.count_of((rows, columns), density)
+    for offset in {0, masks.stride_of(shape, density) - 1}:
+        count = len(masks.struct(shape, density, offset=offset))
+        assert abs(count - max(wanted, columns + min(shape) - 1)) <= columns
+
+
+@pytest.mark.parametrize("density", [0.1, 0.3, 0.45])
+def test_struct_masks_of_other_offsets_share_the_diagonal_only(density):
     shape = (60, 50)
-    stride = masks.stride_of(shape, 0.1)
-    found = [set(masks.struct(shape, 0.1, offset=o).tolist()) for o in range(stride)]
+    stride = masks.stride_of(shape, density)
+    found = [set(masks.struct(shape, density, offset=o).tolist()) for o in range(stride)]
     diagonal = {i * 51 for i in range(50)}
+    assert stride > 1
     for i, one in enumerate(found):
         for other in found[:i]:
             assert one & other == diagonal
     with pytest.raises(AdapterBankError, match=rf"offset={stride} is outside \[0, {stride}\)"):
-        masks.struct(shape, 0.1, offset=stride)
+        masks.struct(shape, density, offset=stride)
 
 
 # --- rand -------------------------------------------------------------------------------------------------------------
@@ -104,6 +115,11 @@ def test_bernoulli_draws_have_the_binomial_count():
     counts = [len(masks.rand((200, 200), density, seed=s, bernoulli=True)) for s in range(20)]
     assert all(abs(count - total * density) < 5 * deviation for count in counts)
     assert len(set(counts)) > 1
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(AdapterBankError, match="seed=-1 is negative; give 0 or more"):
+        masks.rand((4, 4), 0.5, seed=-1)
 
 
 def test_every_position_is_drawn_equally_often():
@@ -130,6 +146,7 @@ def test_wm_is_what_a_stable_sort_says(seed, count, values):
 
 def test_parts_are_disjoint_and_together_the_largest():
     weight = drawn((30, 30))
+    assert masks.parts_of((30, 30), 0.1) == 10
     parts = [set(masks.wm(weight, 0.1, part=j).tolist()) for j in range(10)]
     for upto in range(1, 11):
         assert set().union(*parts[:upto]) == set(masks.wm(weight, 0.1 * upto).tolist())

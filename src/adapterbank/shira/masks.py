@@ -4,6 +4,7 @@ A mask is a vector of flat positions in row-major order, ascending, without repe
 int64. The same arguments give the same positions: ties go to the lowest one, draws are numpy's.
 """
 
+import math
 import zlib
 from typing import Literal
 
@@ -33,9 +34,11 @@ def count_of(shape: tuple[int, int], density: float) -> int:
 
 
 def struct(shape: tuple[int, int], density: float, *, offset: int = 0) -> Int[Tensor, " nnz"]:
-    """Rows ``offset, offset + f, ...`` and the diagonal, with a stride ``f`` that comes close to the density.
+    """Whole rows and the diagonal, within a row of the density; at least one row and the diagonal.
 
-    Masks of different offsets below :func:`stride_of` share nothing but the diagonal.
+    Rows are ``offset, offset + f, ...``, as in the paper. Where these would be over a row too many, as many as are
+    wanted lie ``f`` or ``f + 1`` apart. Masks of different offsets below :func:`stride_of`, which is ``f``, share
+    nothing but the diagonal.
 
     Args:
         shape: ``(d_out, d_in)``.
@@ -49,19 +52,33 @@ def struct(shape: tuple[int, int], density: float, *, offset: int = 0) -> Int[Te
     stride = stride_of(shape, density)
     if not 0 <= offset < stride:
         raise AdapterBankError(f"offset={offset} is outside [0, {stride}): every {stride}th row of {rows} is taken")
-    chosen = torch.arange(offset, rows, stride)
-    whole = (chosen[:, None] * columns + torch.arange(columns)).flatten()
+    chosen, wanted = torch.arange(offset, rows, stride), count_of(shape, density)
+    if math.ceil(rows / stride) * _row_cost(shape) + min(shape) > wanted + columns:
+        whole = _whole_rows(shape, density)
+        chosen = offset + torch.arange(whole) * rows // whole
+    inside = (chosen[:, None] * columns + torch.arange(columns)).flatten()
     diagonal = torch.arange(min(shape)) * (columns + 1)
-    return _positions(torch.unique(torch.cat([whole, diagonal])), shape)
+    return _positions(torch.unique(torch.cat([inside, diagonal])), shape)
 
 
 def stride_of(shape: tuple[int, int], density: float) -> int:
     """Every so many rows are whole in a struct mask: as many masks of one family can stand beside each other."""
-    rows, columns = shape
-    wanted = count_of(shape, density)
-    # a row costs what it has beside the diagonal
-    whole = max(1, round((wanted - min(shape)) / max(columns - 1, 1)))
-    return max(1, rows // whole)
+    return shape[0] // _whole_rows(shape, density)
+
+
+def _whole_rows(shape: tuple[int, int], density: float) -> int:
+    wanted = (count_of(shape, density) - min(shape)) / _row_cost(shape)
+    return min(shape[0], max(1, round(wanted)))
+
+
+def _row_cost(shape: tuple[int, int]) -> float:
+    """What a row has beside the diagonal, which a tall layer's last rows don't meet; a mean."""
+    return shape[1] - min(shape) / shape[0] or 1.0
+
+
+def parts_of(shape: tuple[int, int], density: float) -> int:
+    """So many masks by size share nothing: ``part`` is below this."""
+    return shape[0] * shape[1] // count_of(shape, density)
 
 
 def rand(
@@ -72,10 +89,15 @@ def rand(
     Args:
         shape: ``(d_out, d_in)``.
         density: Share of the weights.
-        seed: Of the draw.
+        seed: Of the draw, from 0.
         name: The layer's: with one seed, layers of equal shapes get different masks, whatever the order of the calls.
         bernoulli: Each position by itself, as in the paper (B.2); by default exactly :func:`count_of`.
+
+    Raises:
+        AdapterBankError: If the seed is negative.
     """
+    if seed < 0:
+        raise AdapterBankError(f"seed={seed} is negative; give 0 or more")
     seeded, total = np.random.default_rng([seed, zlib.crc32(name.encode())]), shape[0] * shape[1]
     count = int(seeded.binomial(total, density)) if bernoulli else count_of(shape, density)
     return _positions(torch.from_numpy(np.sort(seeded.choice(total, count, replace=False, shuffle=False))), shape)
@@ -108,7 +130,7 @@ def snip(
 def _largest(scores: Float[Tensor, "d_out d_in"], density: float, part: int) -> Int[Tensor, " nnz"]:
     shape, flat = (int(scores.shape[0]), int(scores.shape[1])), scores.detach().flatten()
     count = count_of(shape, density)
-    if part < 0 or (part + 1) * count > flat.numel():
+    if not 0 <= part < parts_of(shape, density):
         raise AdapterBankError(f"part={part}: a layer of {flat.numel()} weights has no {part + 1} parts of {count}")
     if not flat.isfinite().all():
         raise AdapterBankError("a weight or gradient holds nan or inf, so it has no largest values; look at the loss")
