@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from adapterbank.errors import AdapterError
 from adapterbank.shira import fusion, masks
 from adapterbank.shira.delta import SparseDelta, SparseUpdate
-from adapterbank.shira.fusion import awom, awor, distances, fuse, interference
+from adapterbank.shira.fusion import awom, awor, distances, fuse, interference, overlaps
 from sparse import Net, make_delta
 
 
@@ -147,6 +147,13 @@ def test_interference_of_adapters_is_that_of_their_layers_together():
     assert (same.overlap, same.distance) == (1.0, 0.0)
     nothing = interference(make_delta(Net(), only=("first.weight",)), make_delta(Net(), only=("body.q.weight",)))
     assert (nothing.overlap, nothing.awom, nothing.awor) == (0.0, 0.0, 1.0)
+
+
+def test_overlaps_are_those_of_the_pairs():
+    deltas = {f"a{i}": make_delta(Net(), seed=i) for i in range(3)}
+    found = overlaps(deltas)
+    assert all(found[a][b] == found[b][a] == interference(deltas[a], deltas[b]).overlap for a in found for b in found)
+    assert all(found[a][a] == 1 for a in found)
 
 
 def test_distances_are_symmetric_and_from_the_base_the_norms():

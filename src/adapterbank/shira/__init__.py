@@ -8,10 +8,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from adapterbank.shira import masks
+from adapterbank.shira.advice import Room, crowding, room
 from adapterbank.shira.convert import from_dense, from_lora, to_lora
 from adapterbank.shira.delta import SparseDelta, SparseUpdate
 from adapterbank.shira.files import save_as_shira, save_as_supertuning
-from adapterbank.shira.fusion import Interference, awom, awor, distances, fuse, interference
+from adapterbank.shira.fusion import Interference, awom, awor, distances, fuse, interference, overlaps
 from adapterbank.shira.hooks import MaskedGradients, mask_gradients
 from adapterbank.shira.switch import Switcher
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Interference",
     "MaskedGradients",
+    "Room",
     "ShiraTunerConfig",
     "SparseDelta",
     "SparseUpdate",
@@ -28,6 +30,7 @@ __all__ = [
     "awom",
     "awor",
     "calibrate",
+    "crowding",
     "distances",
     "from_dense",
     "from_lora",
@@ -36,6 +39,8 @@ __all__ = [
     "mask_gradients",
     "masks",
     "optimizer_groups",
+    "overlaps",
+    "room",
     "save_as_shira",
     "save_as_supertuning",
     "to_lora",

@@ -108,13 +108,10 @@ def interference(one: SparseDelta, other: SparseDelta) -> Interference:
     Raises:
         AdapterError: If a parameter has different shapes.
     """
-    common = sorted(one.updates.keys() & other.updates.keys())
-    pairs = [(one.updates[parameter], other.updates[parameter]) for parameter in common]
-    shared = sum(int(torch.isin(a.positions.long(), b.positions.long()).sum()) for a, b in pairs)
-    fewest = min(sum(len(a.positions) for a, _ in pairs), sum(len(b.positions) for _, b in pairs))
+    pairs = _common(one, other)
     found = [_energy_and_zeros(a, b) for a, b in pairs]
     return Interference(
-        overlap=shared / fewest if fewest else 0.0,
+        overlap=_overlap(pairs),
         awom=math.sqrt(sum(energy for energy, _ in found)),
         awor=sum(zeros for _, zeros in found) / sum(a.shape[1] ** 2 for a, _ in pairs) if pairs else 1.0,
         distance=_distance(one, other),
@@ -168,6 +165,25 @@ def _product(first: SparseUpdate, second: SparseUpdate) -> Iterator[Float[Tensor
 def _coordinates(update: SparseUpdate) -> tuple[Tensor, Tensor]:
     rows = update.positions.long() // update.shape[1]
     return rows, update.positions.long() - rows * update.shape[1]
+
+
+def overlaps(deltas: Mapping[str, SparseDelta]) -> dict[str, dict[str, float]]:
+    """:attr:`Interference.overlap` between all adapters."""
+    found = {name: dict.fromkeys(deltas, 1.0) for name in deltas}
+    for one, other in combinations(deltas, 2):
+        found[one][other] = found[other][one] = _overlap(_common(deltas[one], deltas[other]))
+    return found
+
+
+def _common(one: SparseDelta, other: SparseDelta) -> list[tuple[SparseUpdate, SparseUpdate]]:
+    common = sorted(one.updates.keys() & other.updates.keys())
+    return [(one.updates[parameter], other.updates[parameter]) for parameter in common]
+
+
+def _overlap(pairs: Sequence[tuple[SparseUpdate, SparseUpdate]]) -> float:
+    shared = sum(int(torch.isin(a.positions.long(), b.positions.long()).sum()) for a, b in pairs)
+    fewest = min(sum(len(a.positions) for a, _ in pairs), sum(len(b.positions) for _, b in pairs))
+    return shared / fewest if fewest else 0.0
 
 
 def distances(deltas: Mapping[str, SparseDelta]) -> dict[str, dict[str, float]]:
