@@ -14,6 +14,7 @@ from adapterbank.shira.delta import SparseDelta, SparseUpdate
 from adapterbank.shira.files import save_as_shira, save_as_supertuning
 from adapterbank.shira.fusion import Interference, awom, awor, distances, fuse, interference, overlaps
 from adapterbank.shira.hooks import MaskedGradients, mask_gradients
+from adapterbank.shira.pictures import draw_masks, draw_matrices
 from adapterbank.shira.switch import Switcher
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ __all__ = [
     "calibrate",
     "crowding",
     "distances",
+    "draw_masks",
+    "draw_matrices",
     "from_dense",
     "from_lora",
     "fuse",
