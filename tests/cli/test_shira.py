@@ -53,6 +53,24 @@ def test_switch_changes_a_copy_or_the_files_themselves(run, object_of, refused, 
     assert (out / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
 
 
+def test_info_on_several_says_what_they_share(run, object_of, pair, tmp_path):
+    found = object_of("shira", "info", *pair, f"twin={pair[0]}")
+    assert [told["name"] for told in found["adapters"]] == ["law", "news", "twin"]
+    assert found["overlap"]["law"]["twin"] == 1 and 0 < found["overlap"]["law"]["news"] < 0.3
+    assert found["advice"].startswith("law and twin share 100% of their positions")
+    shown = run("shira", "info", *pair).stdout
+    assert "280" in shown and "org/base" in shown and "share 100%" not in shown
+    assert "in news" in shown
+
+
+def test_fuse_draws_the_comparison_and_warns_of_adapters_on_the_same_weights(run, object_of, pair, tmp_path):
+    words = ("shira", "fuse", pair[0], f"twin={pair[0]}", "--picture", tmp_path / "pair.svg")
+    shown = run(*words, "-o", tmp_path / "both").stdout
+    assert "law and twin share 100% of their positions" in shown and "pair.svg" in shown
+    assert "1  base" in (tmp_path / "pair.svg").read_text()
+    assert object_of(*words, "-o", tmp_path / "again")["advice"] is not None
+
+
 @pytest.mark.parametrize("kind", ["supertuning", "lora"])
 def test_export_writes_what_others_read(object_of, pair, tmp_path, kind):
     told = object_of("shira", "export", pair[0], "-o", tmp_path / "out", "--as", kind, "-r", 30)

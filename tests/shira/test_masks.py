@@ -59,6 +59,24 @@ def test_large_layers_take_wide_positions():
     assert masks.rand((2**16, 2**16), 1e-8).dtype == torch.int64
 
 
+@pytest.mark.parametrize(("kind", "options"), [("wm", {"part": 1}), ("struct", {"offset": 2}), ("rand", {"seed": 3})])
+def test_a_mask_by_its_kind_is_that_of_its_function(kind, options):
+    weight = drawn((40, 30))
+    assert torch.equal(masks.choose(kind, weight, 0.1), mask_of(kind, (40, 30), 0.1))
+    assert torch.equal(masks.choose(kind, weight, 0.1, **options), mask_of(kind, (40, 30), 0.1, **options))
+    (option,) = options
+    for other in {"wm", "struct", "rand"} - {kind}:
+        with pytest.raises(AdapterBankError, match=f"{option}=.: {other} has none, {kind} has; leave it out"):
+            masks.choose(other, weight, 0.1, **options)
+
+
+def test_masks_of_a_gradient_or_of_no_kind_are_not_chosen_by_a_weight():
+    with pytest.raises(AdapterBankError, match="'snip' follows the task's gradient"):
+        masks.choose("snip", drawn((4, 4)), 0.1)
+    with pytest.raises(AdapterBankError, match="'best' is unknown; choose from struct, rand"):
+        masks.choose("best", drawn((4, 4)), 0.1)
+
+
 # --- struct -----------------------------------------------------------------------------------------------------------
 
 

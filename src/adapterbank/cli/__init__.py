@@ -1,6 +1,6 @@
 """The command ``adapterbank``: one public call per command. Importing it does not import torch."""
 
-from adapterbank.cli import changing, demo, fitting, looking, training
+from adapterbank.cli import changing, demo, fitting, looking, masks, training
 from adapterbank.cli.app import app, main
 from adapterbank.cli.shira import shira
 
@@ -21,4 +21,5 @@ for _command in (
     training.train,
 ):
     app.command()(_command)
+shira.command("mask")(masks.show)
 app.add_typer(shira, name="shira")

@@ -1,4 +1,4 @@
-"""Commands on sparse adapters: shira info, fuse, switch and export."""
+"""Commands on sparse adapters: shira info, fuse, switch and export; shira mask is in ``cli/masks.py``."""
 
 from enum import Enum
 from importlib.util import find_spec
@@ -19,6 +19,10 @@ shira = typer.Typer(
 )
 
 Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Directory, file or hub id.")]
+Adapters = Annotated[
+    list[str],
+    typer.Argument(metavar="ADAPTER", help="Directories, files or hub ids; NAME=PATH gives another name."),
+]
 Base = Annotated[
     str | None,
     typer.Option(metavar="MODEL", help="Directory or hub id of the base model; PEFT's own files need it."),
@@ -44,12 +48,19 @@ class Kind(str, Enum):
 
 
 @shira.command()
-def info(adapter: Adapter, model: Base = None, allow_pickle: AllowPickle = False, as_json: Json = False) -> None:
-    """Show what a sparse adapter changes: ours, or PEFT's SHiRA or Super-Tuning.
+def info(adapters: Adapters, model: Base = None, allow_pickle: AllowPickle = False, as_json: Json = False) -> None:
+    """Show what sparse adapters change, and share: ours, or PEFT's SHiRA or Super-Tuning.
 
     Example: adapterbank shira info adapters/law
     """
-    delta = _open(adapter, model, allow_pickle)
+    deltas = _open_all(adapters, model, allow_pickle)
+    if len(deltas) == 1:
+        _show_one(*deltas.values(), as_json=as_json)
+    else:
+        _show_several(deltas, as_json=as_json)
+
+
+def _show_one(delta: Any, *, as_json: bool) -> None:
     layers = {name: len(update.positions) for name, update in delta.updates.items()}
     found = {
         "name": delta.name, "base": delta.base, "mask": delta.mask, "values": delta.nnz, "density": delta.density,
@@ -69,12 +80,31 @@ def info(adapter: Adapter, model: Base = None, allow_pickle: AllowPickle = False
     say(f"Of {delta.base or 'an unnamed base'}, mask {delta.mask or 'unknown'}. {known}")
 
 
+def _show_several(deltas: dict[str, Any], *, as_json: bool) -> None:
+    from adapterbank.shira import crowding, overlaps
+
+    shared = overlaps(deltas)
+    advice = crowding(shared)
+    if as_json:
+        told = [
+            {"name": name, "base": d.base, "mask": d.mask, "values": d.nnz, "density": d.density}
+            for name, d in deltas.items()
+        ]
+        print_json({"adapters": told, "overlap": shared, "advice": advice})
+        return
+    rows = [
+        (name, d.base or "unnamed", d.mask or "unknown", f"{d.nnz:,}", f"{d.density:.2%}",
+         *(f"{shared[name][other]:.1%}" if other != name else "" for other in deltas))
+        for name, d in deltas.items()
+    ]  # fmt: skip
+    columns = ("adapter", "base", "mask", "values", "density", *(f"in {name}" for name in deltas))
+    print_table("Adapters, and the share of positions that two have in common", columns, rows)
+    say(*([advice] if advice else []))
+
+
 @shira.command()
 def fuse(
-    adapters: Annotated[
-        list[str],
-        typer.Argument(metavar="ADAPTER", help="Directories, files or hub ids; NAME=PATH gives another name."),
-    ],
+    adapters: Adapters,
     out: Out,
     weight: Annotated[
         list[str] | None, typer.Option(metavar="NAME=W", help="Strength of an adapter; may be given several times.")
@@ -82,6 +112,9 @@ def fuse(
     overlap: Annotated[
         Overlap, typer.Option(help="Of values that several adapters have at one position.")
     ] = Overlap.sum,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw common positions and distances into this SVG.")
+    ] = None,
     model: Base = None,
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
@@ -92,18 +125,24 @@ def fuse(
     """
     from itertools import combinations
 
+    from adapterbank.shira import crowding, distances, draw_matrices, interference, overlaps
     from adapterbank.shira import fuse as fuse_them
-    from adapterbank.shira import interference
 
-    deltas = {delta.name: delta for delta in (_open(adapter, model, allow_pickle) for adapter in adapters)}
-    if len(deltas) < len(adapters):
-        fail("two adapters have one name; give another as NAME=PATH")
+    deltas = _open_all(adapters, model, allow_pickle)
     fused = fuse_them(deltas, weights=_weights(weight or []), overlap=overlap.value)
     fused.save(out)
     pairs = {pair: interference(*(deltas[name] for name in pair)) for pair in combinations(deltas, 2)}
+    shared = overlaps(deltas)
+    advice = crowding(shared)
+    if picture:
+        drawn = draw_matrices({"share of common positions": shared, "distance": distances(deltas)})
+        picture.write_text(drawn, encoding="utf-8")
     if as_json:
         told = [{"between": list(pair), **vars(found)} for pair, found in pairs.items()]
-        print_json({"out": str(out), "values": fused.nnz, "density": fused.density, "interference": told})
+        print_json({
+            "out": str(out), "values": fused.nnz, "density": fused.density, "interference": told, "advice": advice,
+            "picture": None if picture is None else str(picture),
+        })  # fmt: skip
         return
     say(f"Wrote {out}: {fused.nnz:,} values, {fused.density:.2%} of {count(len(fused.updates), 'parameter')}.")
     rows = [
@@ -112,6 +151,7 @@ def fuse(
     ]
     if rows:
         print_table("Interference", ("adapters", "overlap", "AWOM", "AWOR", "distance"), rows)
+    say(*([advice] if advice else []), *([f"Drew {picture}."] if picture else []))
 
 
 @shira.command()
@@ -196,19 +236,42 @@ def _open(adapter: str, model: str | None, allow_pickle: bool) -> Any:
     from adapterbank.shira import SparseDelta
 
     name, path = split_name(adapter)
-    base = None if model is None else _skeleton(model)
+    base = None if model is None else base_model(model)
     return SparseDelta.load(path, name=name, model=base, allow_pickle=allow_pickle)
 
 
-def _skeleton(model: str) -> Any:
-    """The base model without its weights: only shapes are asked for."""
-    if find_spec("transformers") is None:
-        fail("--model needs transformers: pip install 'adapterbank[peft]'")
-    import torch
-    from transformers import AutoConfig, AutoModel
+def _open_all(adapters: list[str], model: str | None, allow_pickle: bool) -> dict[str, Any]:
+    deltas = {delta.name: delta for delta in (_open(adapter, model, allow_pickle) for adapter in adapters)}
+    if len(deltas) < len(adapters):
+        fail("two adapters have one name; give another as NAME=PATH")
+    return deltas
 
-    with torch.device("meta"):
-        return AutoModel.from_config(AutoConfig.from_pretrained(model))
+
+def base_model(model: str, *, weights: bool = False) -> Any:
+    """The base model; without its weights where only shapes are asked for."""
+    if find_spec("transformers") is None:
+        fail("reading a base model needs transformers: pip install 'adapterbank[peft]'")
+    import torch
+    import transformers
+    from transformers.utils import logging
+
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # its own, which a file would get too
+    try:
+        config = transformers.AutoConfig.from_pretrained(model)
+        # as it was saved: then its layers have the names that they have in training
+        kind: Any = getattr(transformers, (config.architectures or [""])[0], None)
+        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+            kind = transformers.AutoModel
+        if weights:
+            return kind.from_pretrained(model, dtype="auto")
+        with torch.device("meta"):
+            return kind.from_config(config) if kind is transformers.AutoModel else kind(config)
+    except (OSError, ValueError, ImportError) as error:
+        fail(f"{model} can't be loaded as a base model: {str(error).strip().splitlines()[0]}")
+    finally:
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _weights(given: list[str]) -> dict[str, float]:

@@ -33,6 +33,46 @@ def count_of(shape: tuple[int, int], density: float) -> int:
     return max(1, round(density * shape[0] * shape[1]))
 
 
+def choose(
+    kind: str,
+    weight: Float[Tensor, "d_out d_in"],
+    density: float,
+    *,
+    part: int = 0,
+    offset: int = 0,
+    seed: int = 0,
+    name: str = "",
+) -> Int[Tensor, " nnz"]:
+    """A mask that needs no gradient, by its kind: ``struct``, ``rand`` or ``wm``.
+
+    Args:
+        kind: Of :data:`KINDS`.
+        weight: The layer's; of ``struct`` and ``rand`` only its shape is looked at.
+        density: Share of the weights.
+        part: Of ``wm``.
+        offset: Of ``struct``.
+        seed: Of ``rand``.
+        name: The layer's, for ``rand``.
+
+    Raises:
+        AdapterBankError: If the kind is unknown or needs a gradient, or has no such part, offset or seed.
+    """
+    if kind in GRADIENT_KINDS:
+        raise AdapterBankError(
+            f"mask {kind!r} follows the task's gradient, which a model alone doesn't have; choose it with "
+            "adapterbank.shira.calibrate, or with adapterbank shira train"
+        )
+    if kind not in KINDS:
+        raise AdapterBankError(f"mask {kind!r} is unknown; choose from {', '.join(KINDS)}")
+    for option, value, owner in (("part", part, "wm"), ("offset", offset, "struct"), ("seed", seed, "rand")):
+        if value and kind != owner:
+            raise AdapterBankError(f"{option}={value}: {kind} has none, {owner} has; leave it out")
+    shape = (int(weight.shape[0]), int(weight.shape[1]))
+    if kind == "struct":
+        return struct(shape, density, offset=offset)
+    return rand(shape, density, seed=seed, name=name) if kind == "rand" else wm(weight, density, part=part)
+
+
 def struct(shape: tuple[int, int], density: float, *, offset: int = 0) -> Int[Tensor, " nnz"]:
     """Whole rows and the diagonal, within a row of the density; at least one row and the diagonal.
 

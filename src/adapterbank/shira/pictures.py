@@ -27,7 +27,7 @@ MARGIN, LINE, LETTER = 24, 18, 7
 """Pixels: around everything, of a line, of a letter at most."""
 ACROSS = 4
 """Panels side by side."""
-LONGEST = 32
+LONGEST = 36
 """Letters of a name that are shown."""
 PAPER, INK, MUTED, FRAME = "#ffffff", "#1f2430", "#6b7280", "#c8ccd4"
 FULL = (194, 65, 12)
