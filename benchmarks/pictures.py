@@ -1,4 +1,4 @@
-"""The README's picture: error against bytes on real adapters, drawn from the committed result."""
+"""Pictures drawn from the committed results: error against bytes on real adapters, time of a switch."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,15 @@ STYLES = {
     "vlora": ("#94a3b8", "v"),
 }
 """Colour and marker; told apart by shape too, for readers who don't see the hues."""
+SWITCHES: dict[str, dict[str, Any]] = {
+    "PEFT LoRA": {"color": INK, "marker": "o", "markersize": 4, "linewidth": 1.1},
+    "LoRA by addmm_": {"color": "#64748b", "marker": "v", "markersize": 4, "linewidth": 1.1},
+    "PEFT SHiRA": {"color": "#7c3aed", "marker": "D", "markersize": 4, "linewidth": 1.1},
+    "Super-Tuning": {"color": "#1d4ed8", "marker": "s", "markersize": 4, "linewidth": 1.1},
+    "copies of all weights": {"color": "#0f766e", "marker": "^", "markersize": 4, "linewidth": 1.1},
+    "bit-exact": {"color": BANK, "marker": "o", "markersize": 5.5, "linewidth": 2.6, "zorder": 5},
+}
+"""The lines of the switches' picture."""
 LEFT, RIGHT, LOW, HIGH = 2.8, 150.0, 0.0015, 1.25
 
 
@@ -47,6 +56,48 @@ def draw_rate_distortion(result: dict[str, Any], path: Path) -> Path:
     return path
 
 
+def draw_switching(rows: tuple[list[dict[str, Any]], list[dict[str, Any]]], path: Path) -> Path:
+    """Time of a switch over the weights of all layers, by density and by width; both axes logarithmic.
+
+    Args:
+        rows: Results by density, and by width.
+        path: SVG to write.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
+    matplotlib.rcParams["svg.hashsalt"] = "adapterbank"  # the same file from the same numbers
+    figure = Figure(figsize=(8.4, 4.2), layout="constrained")
+    titles = [f"layers {rows[0][0]['width']} wide", f"density {100 * rows[1][0]['density']:g} %"]
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, of, key, title in zip(axes, rows, ("density", "width"), titles, strict=True):
+        _plain(axis)
+        axis.set(xscale="log", yscale="log")
+        axis.set_title(title, loc="left", color=INK, fontsize=10)
+        ticks = [f"{100 * row[key]:g} %" if key == "density" else f"{row[key]}" for row in of]
+        axis.set_xticks([row[key] for row in of], ticks)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
+        axis.set_xlabel("density of the adapters" if key == "density" else "width of the layers", color=INK)
+        for name, style in SWITCHES.items():
+            _line(axis, [(row[key], _ns_per_weight(row, name)) for row in of], label=name, **style)
+        floor = [(row[key], 2 * _ns_per_weight(row, "the values alone, once")) for row in of]
+        _line(axis, floor, label="floor: two overwrites", color=INK, linewidth=1, linestyle=(0, (1, 2)))
+    axes[0].set_ylabel("CPU ns for each weight of the layers", color=INK)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    return path
+
+
+def _ns_per_weight(row: dict[str, Any], name: str) -> float:
+    (way,) = (way for way in row["ways"] if way["way"] == name)
+    return 1e9 * float(way["cpu_seconds"]) / (row["layers"] * row["width"] ** 2)
+
+
 def _frame(axis: "Axes", result: dict[str, Any]) -> None:
     axis.set(xscale="log", yscale="log", xlim=(LEFT, RIGHT), ylim=(LOW, HIGH))
     ticks = [3, 4, 7.5, 15, 30, 60, 120]
@@ -58,6 +109,10 @@ def _frame(axis: "Axes", result: dict[str, Any]) -> None:
     axis.set_ylabel("error of the update, relative", color=INK)
     title = f"{result['adapters']} real LoRA adapters: error at equal bytes (lower is better)"
     axis.set_title(title, loc="left", color=INK, fontsize=12, pad=12)
+    _plain(axis)
+
+
+def _plain(axis: "Axes") -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color(MUTED)
     axis.tick_params(colors=INK, labelsize=9, length=3)

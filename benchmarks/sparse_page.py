@@ -1,5 +1,6 @@
 """``docs/benchmarks/shira.md``: sparse adapters, from their results."""
 
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.markdown import table, targets
@@ -46,13 +47,16 @@ def _switch(result: Result) -> list[str]:
         "*sums* subtracts and adds. A switch overwrites the values of both adapters: twice *the values alone* is its "
         "floor.",
     ]
-    names = [way["way"] for way in result["rows"][0]["ways"]]
-    header = ["", *(f"{row['layers']} of {row['width']}, {row['density']:.1%}" for row in result["rows"])]
-    cells = [{way["way"]: way for way in row["ways"]} for row in result["rows"]]
-    rows = [
-        [name, *(f"{1e3 * of[name]['cpu_seconds']:.1f} ms, {of[name]['times_faster_than_lora']:.1f}x" for of in cells)]
-        for name in names
+    parts += [
+        "![CPU time of a switch by density and by width](../pictures/sparse-switch.svg)",
+        *(_switch_table(rows, "ways", _beside_lora) for rows in by_density_and_width(result["rows"])),
     ]
+    if all("overwrites" in row for row in result["rows"]):
+        parts += [
+            "Ways to do the two overwrites of a switch, without anything else, and how far from the floor. Positions "
+            "take 8 bytes a value in int64, 4 in int32.",
+            *(_switch_table(rows, "overwrites", _beside_floor) for rows in by_density_and_width(result["rows"])),
+        ]
     drifts = [
         [
             drift["dtype"],
@@ -63,8 +67,33 @@ def _switch(result: Result) -> list[str]:
     switches = result["drift"][0]["switches"]
     return [
         *parts,
-        table(header, rows),
         f"Weights that aren't the base model's any more after {switches:,} random switches among ten adapters:",
         table(["", *result["drift"][0]["changed"]], drifts),
         targets(result),
     ]
+
+
+def by_density_and_width(rows: list[Result]) -> tuple[list[Result], list[Result]]:
+    """Rows of the first one's width, and those of its density, each ascending."""
+    densities = [row for row in rows if row["width"] == rows[0]["width"]]
+    widths = [row for row in rows if row["density"] == rows[0]["density"]]
+    return sorted(densities, key=lambda row: row["density"]), sorted(widths, key=lambda row: row["width"])
+
+
+def _switch_table(rows: list[Result], what: str, cell: Callable[[Result], str]) -> str:
+    header = ["", *(f"{row['layers']} of {row['width']}, {100 * row['density']:g} %" for row in rows)]
+    cells = [{way["way"]: cell(way) for way in row[what]} for row in rows]
+    return table(header, [[way, *(of[way] for of in cells)] for way in cells[0]])
+
+
+def _beside_lora(way: Result) -> str:
+    return f"{_milliseconds(way)}, {way['times_faster_than_lora']:.1f}x"
+
+
+def _beside_floor(way: Result) -> str:
+    return f"{_milliseconds(way)}, {way['over_floor']:.2f}"
+
+
+def _milliseconds(way: Result) -> str:
+    found = 1e3 * way["cpu_seconds"]
+    return f"{found:.{0 if found >= 100 else 1 if found >= 10 else 2}f} ms"

@@ -1,10 +1,12 @@
 """Switching between fused adapters, and what is left of the base model afterwards."""
 
 import copy
+import itertools
 import random
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,11 +15,13 @@ import torch
 from peft import LoraConfig, PeftModel, ShiraConfig, SupertuningConfig, get_peft_model
 from torch import Tensor, nn
 
-from adapterbank.shira import SparseDelta, Switcher, masks
+from adapterbank.shira import SparseDelta, SparseUpdate, Switcher, masks
 from benchmarks.cases import Case
 
 Ways = dict[str, Callable[[int], None]]
 """By name: switch to the first or to the second adapter."""
+Part = tuple[Tensor, Tensor, Tensor]
+"""Of one adapter: positions, what the base has there, and what is there with the adapter."""
 
 
 def run(case: Case, seed: int) -> dict[str, Any]:
@@ -38,10 +42,36 @@ def run(case: Case, seed: int) -> dict[str, Any]:
 
 
 RANK = 32
+FLOOR = "the values alone, once"
 
 
 def _row(*, layers: int, width: int, density: float, rounds: int, seed: int) -> dict[str, Any]:
-    ways = _ways(layers, width, density, seed)
+    torch.manual_seed(seed)
+    base = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers))).requires_grad_(False)
+    pair = [_delta(base, density, i) for i in range(2)]
+    weights = dict(base.named_parameters())
+    joined = torch.cat([weights[name].flatten() for name in pair[0].updates])
+    ways = _ways(base, pair, density)
+    overwriting = {name: switch for name, (_, switch) in overwrites(joined, pair, seed).items()}
+    seconds = _in_turns({**ways, **overwriting}, rounds, seed)
+    lora, floor = (seconds[name] for name in ("PEFT LoRA", FLOOR))
+    return {
+        "layers": layers,
+        "width": width,
+        "density": density,
+        "rounds": rounds,
+        "ways": [
+            {"way": name, "cpu_seconds": seconds[name], "times_faster_than_lora": lora / seconds[name]} for name in ways
+        ],
+        "overwrites": [
+            {"way": name, "cpu_seconds": seconds[name], "over_floor": seconds[name] / (2 * floor)}
+            for name in overwriting
+        ],
+    }
+
+
+def _in_turns(ways: Ways, rounds: int, seed: int) -> dict[str, float]:
+    """Median CPU seconds of each; every round has them in another order."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     order = random.Random(seed)
     for i in range(-1, rounds):
@@ -52,28 +82,15 @@ def _row(*, layers: int, width: int, density: float, rounds: int, seed: int) -> 
             ways[name](i % 2)
             if i >= 0:
                 seconds[name].append(time.process_time() - start)
-    lora = median(seconds["PEFT LoRA"])
-    return {
-        "layers": layers,
-        "width": width,
-        "density": density,
-        "rounds": rounds,
-        "ways": [
-            {"way": name, "cpu_seconds": median(found), "times_faster_than_lora": lora / median(found)}
-            for name, found in seconds.items()
-        ],
-    }
+    return {name: median(found) for name, found in seconds.items()}
 
 
-def _ways(layers: int, width: int, density: float, seed: int) -> Ways:
-    torch.manual_seed(seed)
-    base = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers))).requires_grad_(False)
-    pair = [_delta(base, density, i) for i in range(2)]
+def _ways(base: nn.Sequential, pair: list[SparseDelta], density: float) -> Ways:
     exact = Switcher(copy.deepcopy(base), _named(pair))
     for name in exact.names:
         exact.switch(name)  # opened, and once around
-    r = max(1, int(density * width / 2))
-    names = [str(i) for i in range(layers)]
+    r = max(1, int(density * len(next(base.parameters())) / 2))
+    names = [str(i) for i in range(len(base))]
     return {
         "PEFT LoRA": _peft(base, lambda: LoraConfig(r=RANK, target_modules=names, init_lora_weights=False)),
         "PEFT SHiRA": _peft(base, lambda: ShiraConfig(r=r, target_modules=names, init_weights=False)),
@@ -84,7 +101,7 @@ def _ways(layers: int, width: int, density: float, seed: int) -> Ways:
         "copies of all weights": _copies(base, pair),
         "bit-exact": lambda i: exact.switch(f"a{i}"),
         "sums": _sums(base, pair),
-        "the values alone, once": _floor(base, pair),
+        FLOOR: _floor(base, pair),
     }
 
 
@@ -168,6 +185,87 @@ def _floor(base: nn.Module, deltas: list[SparseDelta]) -> Callable[[int], None]:
             flat.scatter_(0, index, values)
 
     return switch
+
+
+def overwrites(
+    weights: Tensor, deltas: list[SparseDelta], seed: int
+) -> dict[str, tuple[Tensor, Callable[[int], None]]]:
+    """Ways to write back the base's values and then an adapter's: the work of a switch without the rest of it.
+
+    Args:
+        weights: Of all layers in one buffer, in the order of the adapters' updates.
+        deltas: Of the same layers.
+        seed: Of the random order.
+
+    Returns:
+        By name: a copy of the weights, since in a common one the ways would find each other's values in the cache; and
+        the switch in it.
+    """
+    updates = [list(delta.updates.values()) for delta in deltas]
+    sizes = [update.shape[0] * update.shape[1] for update in updates[0]]
+    ascending = [
+        [_part(update, layer) for update, layer in zip(of, weights.split(sizes), strict=True)] for of in updates
+    ]
+    int32 = [[(index.int(), old, new) for index, old, new in parts] for parts in ascending]
+    shuffled = [[_shuffled(part, seed) for part in parts] for parts in ascending]
+    joined = [_joined(parts, sizes) for parts in ascending]
+
+    def layer_by_layer(buffer: Tensor, parts: list[Part], which: int) -> None:
+        for layer, part in zip(buffer.split(sizes), parts, strict=True):
+            layer.scatter_(0, part[0].long(), part[which])  # long() of int64 costs nothing
+
+    def at_once(buffer: Tensor, part: Part, which: int) -> None:
+        buffer.scatter_(0, part[0], part[which])
+
+    found = {
+        "int64 positions, ascending": _switching(weights, ascending, layer_by_layer),
+        "int32 positions, widened in each switch": _switching(weights, int32, layer_by_layer),
+        "int64 positions, in random order": _switching(weights, shuffled, layer_by_layer),
+        "one buffer for all layers, one call": _switching(weights, joined, at_once),
+    }
+    if find_spec("numba") is not None and len(weights) <= masks.LARGEST_INT32:
+        import numba
+
+        compiled = numba.njit(_write)
+        arrays = [(index.int().numpy(), old.numpy(), new.numpy()) for index, old, new in joined]
+        found["one buffer, one compiled loop, int32 positions"] = _switching(
+            weights, arrays, lambda buffer, part, which: compiled(buffer.numpy(), part[0], part[which])
+        )
+    return found
+
+
+def _switching(
+    weights: Tensor, adapters: list[Any], write: Callable[[Tensor, Any, int], None]
+) -> tuple[Tensor, Callable[[int], None]]:
+    buffer, there = weights.clone(), [0]
+
+    def switch(i: int) -> None:
+        write(buffer, adapters[there[0]], 1)
+        write(buffer, adapters[i], 2)
+        there[0] = i
+
+    return buffer, switch
+
+
+def _part(update: SparseUpdate, layer: Tensor) -> Part:
+    positions = update.positions.long()
+    return positions, layer[positions], layer[positions] + update.values
+
+
+def _shuffled(part: Part, seed: int) -> Part:
+    order = torch.randperm(len(part[0]), generator=torch.Generator().manual_seed(seed))
+    return part[0][order], part[1][order], part[2][order]
+
+
+def _joined(parts: list[Part], sizes: list[int]) -> Part:
+    starts = itertools.accumulate(sizes, initial=0)
+    positions = torch.cat([part[0] + start for part, start in zip(parts, starts, strict=False)])
+    return positions, torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts])
+
+
+def _write(weights: Any, positions: Any, values: Any) -> None:
+    for i in range(len(positions)):
+        weights[positions[i]] = values[i]
 
 
 def _drift(dtype: str, switches: int, seed: int) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from benchmarks.adaptation.page import brief as adaptation_brief
 from benchmarks.adaptation.page import page as adaptation_page
 from benchmarks.adaptation.plots import draw as draw_adaptation
 from benchmarks.markdown import table, targets
-from benchmarks.pictures import PICTURES, draw_rate_distortion
+from benchmarks.pictures import PICTURES, draw_rate_distortion, draw_switching
 from benchmarks.record import read_results
+from benchmarks.sparse_page import by_density_and_width
 from benchmarks.sparse_page import page as sparse_page
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +46,8 @@ def write() -> None:
         path.write_text(text)
     if "real-private" in results:
         draw_rate_distortion(results["real-private"], PICTURES / "rate-distortion.svg")
+    if "sparse-switch" in results:
+        draw_switching(by_density_and_width(results["sparse-switch"]["rows"]), PICTURES / "sparse-switch.svg")
     draw_adaptation(PICTURES)
 
 
