@@ -163,3 +163,5 @@ def test_distances_are_symmetric_and_from_the_base_the_norms():
     assert all(found[a][a] == 0 for a in found)
     norm = sum(float(u.values.square().sum()) for u in deltas["a1"].updates.values()) ** 0.5
     assert found["base"]["a1"] == pytest.approx(norm, rel=1e-5)
+    with pytest.raises(AdapterError, match="an adapter is called 'base'"):
+        distances({"base": deltas["a0"]})

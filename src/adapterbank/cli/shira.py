@@ -130,13 +130,13 @@ def fuse(
 
     deltas = _open_all(adapters, model, allow_pickle)
     fused = fuse_them(deltas, weights=_weights(weight or []), overlap=overlap.value)
-    fused.save(out)
     pairs = {pair: interference(*(deltas[name] for name in pair)) for pair in combinations(deltas, 2)}
     shared = overlaps(deltas)
     advice = crowding(shared)
     if picture:
         drawn = draw_matrices({"share of common positions": shared, "distance": distances(deltas)})
         picture.write_text(drawn, encoding="utf-8")
+    fused.save(out)
     if as_json:
         told = [{"between": list(pair), **vars(found)} for pair, found in pairs.items()]
         print_json({

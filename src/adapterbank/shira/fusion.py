@@ -187,7 +187,13 @@ def _overlap(pairs: Sequence[tuple[SparseUpdate, SparseUpdate]]) -> float:
 
 
 def distances(deltas: Mapping[str, SparseDelta]) -> dict[str, dict[str, float]]:
-    """``||S_i - S_j||_F`` between all adapters and the base model, which is ``base`` (SHiRA, table 13)."""
+    """``||S_i - S_j||_F`` between all adapters and the base model, which is ``base`` (SHiRA, table 13).
+
+    Raises:
+        AdapterError: If an adapter is called ``base``, or shapes differ.
+    """
+    if "base" in deltas:
+        raise AdapterError("an adapter is called 'base', as the base model is here; give it another name")
     every = {"base": SparseDelta(name="base", updates={}), **deltas}
     found = {name: dict.fromkeys(every, 0.0) for name in every}
     for one, other in combinations(every, 2):
