@@ -3,25 +3,13 @@
 import re
 from collections import Counter
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from adapterbank.cli.app import Json, fail, print_json, print_table, say
-from adapterbank.cli.shira import base_model
-
-
-class Mask(str, Enum):
-    """A rule for which weights of a layer are changed."""
-
-    wm = "wm"
-    rand = "rand"
-    struct = "struct"
-    grad = "grad"
-    snip = "snip"
-
+from adapterbank.cli.shira import Mask, base_model
 
 STEPS = {Mask.wm: "part", Mask.struct: "offset", Mask.rand: "seed"}
 """What differs within a family."""

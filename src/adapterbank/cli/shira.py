@@ -30,6 +30,16 @@ Base = Annotated[
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="A new or empty directory.")]
 
 
+class Mask(str, Enum):
+    """A rule for which weights of a layer are changed."""
+
+    wm = "wm"
+    rand = "rand"
+    struct = "struct"
+    grad = "grad"
+    snip = "snip"
+
+
 class Overlap(str, Enum):
     """What a position gets that several adapters change."""
 

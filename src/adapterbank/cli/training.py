@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from adapterbank.cli.app import Json, Tell, bars, fail, print_json, print_table, say
-from adapterbank.cli.shira import shira
+from adapterbank.cli.shira import Mask, shira
 
 
 class Task(str, Enum):
@@ -19,16 +19,6 @@ class Task(str, Enum):
     seq_cls = "seq-cls"
     causal_lm = "causal-lm"
     image_cls = "image-cls"
-
-
-class Mask(str, Enum):
-    """Which weights of a layer are trained."""
-
-    struct = "struct"
-    rand = "rand"
-    wm = "wm"
-    grad = "grad"
-    snip = "snip"
 
 
 Data = Annotated[Path, typer.Option(metavar="FILE", help="Examples, one JSON object a line.")]

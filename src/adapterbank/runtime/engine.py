@@ -1,0 +1,316 @@
+"""``AdapterEngine``: one model, thousands of members of a bank, any mix of them in one batch."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapterbank.adapters import LoraAdapter
+from adapterbank.adapters.names import check_name, match_modules
+from adapterbank.bank import Bank
+from adapterbank.bank.shared_basis import DEFAULT_K
+from adapterbank.errors import BankError, UnknownNameError
+from adapterbank.runtime.heads import ServedHead, State
+from adapterbank.runtime.layer import COMPUTE, ServedLayer
+from adapterbank.runtime.members import LayerBasis, Member, split
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What an engine holds."""
+
+    members: int
+    """Unpacked members in memory."""
+    basis_bytes: int
+    """Of the shared directions of all layers."""
+    shared_bytes: int
+    """Of the members' coefficients."""
+    private_bytes: int
+    """Of what the shared directions can't hold."""
+    head_bytes: int
+    private_work: float
+    """Share of a token's products that go through remainders of its own member. Where it is large, serve from a copy of
+    the bank after ``bank.compact(k)``, whose members have none."""
+
+
+class AdapterEngine:
+    """Serves a model with another adapter for every row of a batch.
+
+    ::
+
+        engine = AdapterEngine(model, "bank")
+        with engine.adapters(["law", "news", None]):
+            model.generate(**batch)  # three rows
+
+    The model is called as usual. Its linear layers get a hook each and stay what they are: quantised layers,
+    ``torch.compile`` and device maps go on working. A row without an adapter gives the base model's numbers.
+
+    Args:
+        model: Any ``nn.Module`` that has the bank's layers; its names may have other leading parts.
+        bank: The bank or its directory.
+        k: Shared directions a side; by default as many as the bank stores in any layer, at least 32. What they can't
+            hold of a member is added by itself.
+        bits: Of a value in memory: 16 (off by ``2**-16`` of a row's largest), 32, or 8.
+        memory: Bytes that members may take; the one used longest ago goes first, and is read from the bank again when
+            it is needed. By default there is no limit.
+        crossover: Tokens a row from which a member's factors are built for the step; by default ``k r / (k - r)``.
+
+    Raises:
+        MissingFileError: If there is no bank.
+        BankError: If the model lacks a layer of the bank, or has it in another size.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bank: Bank | str | Path,
+        *,
+        k: int | None = None,
+        bits: int = 16,
+        memory: int | None = None,
+        crossover: float | None = None,
+    ) -> None:
+        self.model, self.bank = model, bank if isinstance(bank, Bank) else Bank.load(Path(bank).expanduser())
+        self.bits, self.memory = bits, memory
+        self._names = _layers_of(self.bank, model)
+        basis = self.bank.basis(_directions(self.bank) if k is None else k)
+        bases = {layer: LayerBasis.of(basis.modules[module]) for module, layer in self._names.items()}
+        dtype = next((p.dtype for p in model.parameters() if p.dtype in COMPUTE), torch.float32)
+        self._layers = {name: ServedLayer(model.get_submodule(name), bases[name], dtype, crossover) for name in bases}
+        self._heads: dict[str, ServedHead] = {}
+        self._added: dict[str, Member] = {}
+        """Members that are not in the bank."""
+        self._read: OrderedDict[str, Member] = OrderedDict()
+        """Members out of the bank, the one used last at the end."""
+        self._busy = threading.RLock()
+
+    # --- members ------------------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        """Of all members: the bank's, then those that were added here."""
+        return [*self.bank.names, *self._added]
+
+    def add(self, adapter: LoraAdapter | str | Path, *, name: str | None = None) -> None:
+        """Serve an adapter that is not in the bank, beside those that are; running contexts go on.
+
+        Args:
+            adapter: The adapter, its directory, file or hub id.
+            name: By default its own.
+
+        Raises:
+            BankError: If the name is taken, or the adapter doesn't fit the bank's layers.
+            AdapterError: If it can't be read.
+        """
+        loaded = adapter if isinstance(adapter, LoraAdapter) else LoraAdapter.load(adapter, name=name)
+        name = check_name(name or loaded.name)
+        if name in self.names:
+            raise BankError(f"there is a member {name!r} already; remove it, or give another name")
+        self._added[name] = self._split(loaded)
+
+    def remove(self, name: str) -> None:
+        """Forget a member that was added here; one of the bank goes with ``Bank.remove``, and here from memory.
+
+        Raises:
+            UnknownNameError: If there is none.
+        """
+        if name not in self._added and name not in self._read and name not in self.bank:
+            raise UnknownNameError(f"there is no member {name!r}")
+        self._added.pop(name, None)
+        self._read.pop(name, None)
+
+    def load(
+        self, names: Sequence[str] | None = None, *, progress: Callable[[str, int, int], None] | None = None
+    ) -> None:
+        """Read members into memory, so that no step waits for them; by default all of the bank.
+
+        Raises:
+            UnknownNameError: If there is no such member.
+            BankError: If a file is damaged.
+        """
+        wanted = list(self.bank.names if names is None else names)
+        for done, name in enumerate(wanted, start=1):
+            self._member(name)
+            if progress:
+                progress("load members", done, len(wanted))
+
+    def _member(self, name: str) -> Member:
+        if name in self._added:
+            return self._added[name]
+        if name not in self._read:
+            if name not in self.bank:
+                raise UnknownNameError(f"there is no member {name!r}; the bank has {len(self.bank)}")
+            self._read[name] = self._split(self.bank.reconstruct(name))
+            self._make_room(name)
+        self._read.move_to_end(name)
+        return self._read[name]
+
+    def _split(self, adapter: LoraAdapter) -> Member:
+        layers = match_modules(adapter.modules, self._layers)
+        bases = {name: layer.basis for name, layer in self._layers.items()}
+        return split(adapter, bases, layers, self.bits)
+
+    def _make_room(self, newest: str) -> None:
+        if self.memory is not None:
+            held = sum(member.bytes for member in self._read.values())
+            for name in list(self._read):
+                if held <= self.memory or name == newest:
+                    return
+                held -= self._read.pop(name).bytes
+
+    # --- batches ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def adapters(self, rows: Sequence[str | None]) -> Iterator[None]:
+        """Inside the block, row ``i`` of every batch is served by member ``rows[i]``; ``None`` is the base model.
+
+        One block at a time: another thread waits. That many rows at once need no more threads is what this is for.
+
+        Args:
+            rows: A name for each row. ``generate`` with beams and models that flatten tokens are understood.
+
+        Raises:
+            UnknownNameError: If there is no such member.
+            BankError: If a file is damaged.
+        """
+        with self._busy:
+            distinct = list(dict.fromkeys(name for name in rows if name is not None))
+            members = [self._member(name) for name in distinct]
+            which = [-1 if name is None else distinct.index(name) for name in rows]
+            before = self._state()
+            self._activate(members, which)
+            try:
+                yield
+            finally:
+                self._restore(before)
+
+    @contextmanager
+    def merged(self, name: str) -> Iterator[None]:
+        """Inside the block, every row is served by one member, written into the weights: no cost per token.
+
+        Afterwards the weights are the base model's, bit for bit: they are copied for the while.
+
+        Raises:
+            UnknownNameError: If there is no such member.
+            BankError: If a weight is quantised, or a file is damaged.
+        """
+        with self._busy:
+            member, before = self._member(name), self._state()
+            self._activate([], [])
+            for place, state in self._head_states(member).items():
+                self._head(place).active = [(state, None)]
+            layers = [self._layers[place] for place in member.parts]
+            weights = [layer.weight() for layer in layers]
+            saved = [weight.detach().clone() for weight in weights]
+            try:
+                with torch.no_grad():
+                    for layer, weight, part in zip(layers, weights, member.parts.values(), strict=True):
+                        weight += layer.dense(part).to(weight)
+                yield
+            finally:
+                with torch.no_grad():
+                    for weight, value in zip(weights, saved, strict=True):
+                        weight.copy_(value)
+                self._restore(before)
+
+    def _activate(self, members: Sequence[Member], which: Sequence[int]) -> None:
+        for name, layer in self._layers.items():
+            layer.activate([member.parts.get(name) for member in members], which)
+        states = [self._head_states(member) for member in members]
+        for name in {name for of in states for name in of}:
+            self._head(name)
+        for name, head in self._heads.items():
+            head.activate([of.get(name) for of in states], which)
+
+    def _head(self, name: str) -> ServedHead:
+        if name not in self._heads:
+            self._heads[name] = ServedHead(self.model.get_submodule(name))
+        return self._heads[name]
+
+    def _head_states(self, member: Member) -> dict[str, State]:
+        """Tensors of a member's heads by the model's module that they belong to."""
+        modules = dict(self.model.named_modules())
+        found: dict[str, dict[str, Tensor]] = {}
+        if not member.heads:
+            return {}
+        places = match_modules(member.heads, [name for name, _ in self.model.named_parameters()])
+        for key, tensor in member.heads.items():
+            if key not in places:
+                raise BankError(f"member {member.name!r} brings {key}, which the model has not; load the base with it")
+            module, _, last = places[key].rpartition(".")
+            found.setdefault(module, {})[last] = tensor
+        for module in found:
+            if module in self._layers or module not in modules:
+                raise BankError(f"member {member.name!r} trains {module} beside its update; restore and merge it")
+        return dict(found)
+
+    def _state(self) -> tuple[list[Any], list[Any]]:
+        return [layer.active for layer in self._layers.values()], [head.active for head in self._heads.values()]
+
+    def _restore(self, before: tuple[list[Any], list[Any]]) -> None:
+        for layer, active in zip(self._layers.values(), before[0], strict=True):
+            layer.active = active
+        for i, head in enumerate(self._heads.values()):  # some may be new
+            head.active = before[1][i] if i < len(before[1]) else []
+
+    # --- what it is ---------------------------------------------------------------------------------------------------
+
+    def report(self) -> Report:
+        """Bytes of what is in memory, and how much of the work is private."""
+        members = [*self._read.values(), *self._added.values()]
+        parts = [(self._layers[name].basis, part) for member in members for name, part in member.parts.items()]
+        common = sum(basis.V.numel() + basis.U.numel() + part.rank * sum(_k(basis)) for basis, part in parts)
+        private = sum(
+            packed.codes.numel()
+            for _, part in parts
+            for packed in (part.private_A, part.private_B)
+            if packed is not None
+        )
+        return Report(
+            members=len(members),
+            basis_bytes=sum(layer.bytes for layer in self._layers.values()),
+            shared_bytes=sum(part.shared_bytes for _, part in parts),
+            private_bytes=sum(part.private_bytes for _, part in parts),
+            head_bytes=sum(head.nbytes for member in members for head in member.heads.values()),
+            private_work=private / (common + private) if parts else 0.0,
+        )
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        for layer in self._layers.values():
+            layer.release()
+        for head in self._heads.values():
+            head.release()
+        self._layers, self._heads = {}, {}
+
+
+def _k(basis: LayerBasis) -> tuple[int, int]:
+    return len(basis.V), int(basis.U.shape[1])
+
+
+def _directions(bank: Bank) -> int | None:
+    """All that a layer stores or a task was trained on, if that is more than ``Bank.basis`` gives by itself."""
+    counts = [max(pair) for pair in bank.directions().values()]
+    counts += [entry.task.k or 0 for entry in bank.index.members.values() if entry.task is not None]
+    return most if (most := max(counts, default=0)) > DEFAULT_K else None
+
+
+def _layers_of(bank: Bank, model: nn.Module) -> Mapping[str, str]:
+    """The model's layer of each module of the bank.
+
+    Raises:
+        BankError: If there is none.
+    """
+    modules = [module.name for module in bank.index.modules]
+    present = [name for name, layer in model.named_modules() if hasattr(layer, "weight")]
+    found = match_modules(modules, present)
+    for module in modules:
+        if module not in found:
+            raise BankError(f"the model has no layer {module}; is it the bank's base, {bank.index.base or 'unnamed'}?")
+    return found

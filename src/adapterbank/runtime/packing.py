@@ -1,0 +1,45 @@
+"""Matrices at 8, 16 or 32 bits a value, unpacked when they're used."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from adapterbank.errors import BankError
+
+TYPES = {8: torch.int8, 16: torch.int16, 32: torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Packed:
+    """A matrix as integers with one step a row, or at 32 bits as it is."""
+
+    codes: Tensor
+    steps: Float[Tensor, "rows 1"] | None
+
+    @classmethod
+    def of(cls, matrix: Float[Tensor, "rows columns"], bits: int) -> "Packed":
+        """Pack; at 16 bits a value is off by at most ``2**-16`` of the largest in its row, at 8 by ``2**-8``.
+
+        Raises:
+            BankError: If ``bits`` is none of 8, 16 and 32.
+        """
+        if bits not in TYPES:
+            raise BankError(f"tables have 8, 16 or 32 bits a value, not {bits}")
+        matrix = matrix.detach().float()
+        if bits == 32:
+            return cls(codes=matrix.contiguous(), steps=None)
+        largest = matrix.abs().amax(dim=1, keepdim=True) if matrix.numel() else matrix.new_zeros(len(matrix), 1)
+        steps = largest / (2 ** (bits - 1) - 1)
+        codes = (matrix / steps.clamp_min(torch.finfo(torch.float32).tiny)).round()
+        return cls(codes=codes.to(TYPES[bits]).contiguous(), steps=steps)
+
+    def unpacked(self) -> Float[Tensor, "rows columns"]:
+        """In float32."""
+        return self.codes if self.steps is None else self.codes * self.steps
+
+    @property
+    def bytes(self) -> int:
+        """In memory."""
+        return self.codes.nbytes + (0 if self.steps is None else self.steps.nbytes)

@@ -1,0 +1,295 @@
+"""A mixed batch is its rows one by one, and each row is PEFT on the exported adapter."""
+
+import threading
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from adapterbank.adapters import LoraAdapter
+from adapterbank.bank import Bank
+from adapterbank.errors import AdapterBankError, BankError, UnknownNameError
+from adapterbank.runtime import AdapterEngine
+from tiny_models import MODELS, TARGETS, adapters_for, bert, factors, layers_to_adapt, llama
+
+KINDS = {
+    "predictive": {"max_error": 0.1},
+    "plain": {"k": 16, "quantize": False},
+    "paper": {"method": "eigenlora", "k": 8},
+    "flat": {"method": "flat", "k": 3},
+}
+# PEFT 0.21 sets it itself, and says so
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+
+
+def inputs_of(name, rows=4):
+    ids = torch.randint(3, 50, (rows, 6), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids} | ({"decoder_input_ids": ids[:, :3]} if name == "t5" else {})
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def exported(bank, name, make, folder):
+    """Stock PEFT with the exported adapter."""
+    bank.export(name, folder / name)
+    return PeftModel.from_pretrained(make(), folder / name).eval()
+
+
+def alike(found, expected, base, tolerance=1e-3):
+    """As near as it matters: a thousandth of what the adapter changes."""
+    effect = float((expected - base).abs().max())
+    assert effect > 1e-5
+    assert float((found - expected).abs().max()) < tolerance * effect + 1e-6
+
+
+@pytest.fixture(scope="module")
+def bank():
+    return Bank.fit(adapters_for(llama(), TARGETS["llama"]), max_error=0.1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_row_is_peft_on_the_exported_adapter(name, kind, tmp_path):
+    make = MODELS[name]
+    model, batch = make(), inputs_of(name)
+    bank = Bank.fit(adapters_for(model, TARGETS[name]), **KINDS[kind])
+    engine = AdapterEngine(model, bank)
+    base = logits(make(), batch)
+    with engine.adapters(["a1", None, "a3", "a1"]):
+        found = logits(model, batch)
+    assert torch.equal(found[1], base[1])  # to the bit
+    for row, member in ((0, "a1"), (2, "a3"), (3, "a1")):
+        alike(found[row], logits(exported(bank, member, make, tmp_path), batch)[row], base[row])
+    assert torch.equal(logits(model, batch), base)
+    engine.close()
+    assert not any(layer._forward_hooks for layer in model.modules())
+
+
+def ragged(model):
+    """Adapters of different ranks that miss modules."""
+    layers = list(enumerate(layers_to_adapt(model, TARGETS["llama"])))
+    return [
+        LoraAdapter.from_factors(
+            f"a{i}",
+            {name: factors(d_in, d_out, i + 1, 100 * i + j) for j, (name, d_in, d_out) in layers if (i + j) % 3},
+        )
+        for i in range(5)
+    ]
+
+
+@pytest.fixture(scope="module")
+def uneven():
+    """An engine on members of different ranks that miss modules."""
+    model = llama()
+    return AdapterEngine(model, Bank.fit(ragged(model), max_error=0.2))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(st.sampled_from(["a0", "a1", "a2", "a3", "a4", None]), min_size=1, max_size=7),
+    crossover=st.sampled_from([None, 1.0, 1000.0]),
+)
+def test_a_mixed_batch_is_its_rows_one_by_one(uneven, rows, crossover):
+    for layer in uneven._layers.values():
+        layer.crossover = crossover
+    batch = inputs_of("llama", len(rows))
+    base = logits(uneven.model, batch)
+    with uneven.adapters(rows):
+        mixed = logits(uneven.model, batch)
+    for i, name in enumerate(rows):
+        with uneven.adapters([name]):
+            alone = logits(uneven.model, {"input_ids": batch["input_ids"][i : i + 1]})
+        torch.testing.assert_close(mixed[i], alone[0], rtol=1e-4, atol=1e-5)
+        if name is None:
+            assert torch.equal(mixed[i], base[i])
+
+
+@pytest.mark.parametrize("crossover", [1.0, 1000.0])
+@pytest.mark.parametrize("k", [4, 12])
+def test_what_the_basis_cannot_hold_is_added(bank, tmp_path, k, crossover):
+    # on 4 directions nearly all is private
+    model = llama()
+    engine = AdapterEngine(model, bank, k=k, crossover=crossover)
+    batch, base = inputs_of("llama"), logits(llama(), inputs_of("llama"))
+    with engine.adapters(["a0", "a1", None, "a2"]):
+        found = logits(model, batch)
+    assert torch.equal(found[2], base[2])
+    for row, member in ((0, "a0"), (1, "a1"), (3, "a2")):
+        alike(found[row], logits(exported(bank, member, llama, tmp_path), batch)[row], base[row])
+    assert engine.report().private_bytes > 0
+
+
+def test_generation_gives_the_tokens_of_each_adapter_alone(bank, tmp_path):
+    model, ids = llama(), inputs_of("llama", 3)["input_ids"]
+    options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    engine = AdapterEngine(model, bank)
+    with engine.adapters(["a0", None, "a4"]):
+        found = model.generate(ids, **options)
+        beams = model.generate(ids, **options, num_beams=3)
+    assert torch.equal(found[1], llama().generate(ids, **options)[1])
+    for row, member in ((0, "a0"), (2, "a4")):
+        tuned = exported(bank, member, llama, tmp_path)
+        assert torch.equal(found[row], tuned.generate(input_ids=ids, **options)[row])
+        assert torch.equal(beams[row], tuned.generate(input_ids=ids, **options, num_beams=3)[row])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-3), (torch.bfloat16, 0.3)], ids=str)
+def test_updates_are_computed_in_the_model_s_type(bank, tmp_path, dtype, tolerance):
+    model, batch = llama().to(dtype), inputs_of("llama")
+    with AdapterEngine(model, bank).adapters(["a0", "a1", "a2", "a3"]):
+        found = logits(model, batch)
+    assert found.dtype == dtype
+    base = logits(llama(), batch)
+    for row in range(4):
+        expected = logits(exported(bank, f"a{row}", llama, tmp_path), batch)
+        alike(found[row].float(), expected[row], base[row], tolerance)
+
+
+@pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.1), (16, 1e-3), (32, 1e-4)])
+def test_bits_decide_how_near_a_member_is(bank, tmp_path, bits, tolerance):
+    model, batch = llama(), inputs_of("llama")
+    engine = AdapterEngine(model, bank, bits=bits)
+    with engine.adapters(["a0"] * 4):
+        found = logits(model, batch)
+    alike(found, logits(exported(bank, "a0", llama, tmp_path), batch), logits(llama(), batch), tolerance)
+
+
+# --- members ----------------------------------------------------------------------------------------------------------
+
+
+def test_members_come_and_go_while_the_engine_runs(bank, tmp_path):
+    model, batch = llama(), inputs_of("llama")
+    engine = AdapterEngine(model, bank)
+    new = adapters_for(llama(), TARGETS["llama"], n=7)[6]
+    with engine.adapters(["a0", "a1", None, None]):
+        before = logits(model, batch)
+        engine.add(new)
+        assert torch.equal(logits(model, batch), before)
+    with engine.adapters(["a6", "a1", None, None]):
+        found = logits(model, batch)
+    new.save(tmp_path / "a6")
+    expected = logits(PeftModel.from_pretrained(llama(), tmp_path / "a6").eval(), batch)
+    alike(found[0], expected[0], logits(llama(), batch)[0])
+    assert torch.equal(found[1], before[1])
+    with pytest.raises(BankError, match="there is a member 'a6' already"):
+        engine.add(new)
+    engine.remove("a6")
+    with pytest.raises(UnknownNameError, match="there is no member 'a6'; the bank has 5"), engine.adapters(["a6"]):
+        pass
+    with pytest.raises(UnknownNameError):
+        engine.remove("a6")
+
+
+def test_the_one_used_longest_ago_leaves_when_memory_is_full(bank):
+    engine = AdapterEngine(llama(), bank)
+    engine.load()
+    assert engine.report().members == 5
+    one = next(iter(engine._read.values())).bytes
+    limited, batch = AdapterEngine(llama(), bank, memory=2 * one + 1), inputs_of("llama", 1)
+    for name in ("a0", "a1", "a0", "a2"):
+        with limited.adapters([name]), engine.adapters([name]):
+            assert torch.equal(logits(limited.model, batch), logits(engine.model, batch))
+    assert list(limited._read) == ["a0", "a2"]
+    with limited.adapters(["a0", "a1", "a2", "a3", "a4"]):  # a batch needs all of its members
+        assert logits(limited.model, inputs_of("llama", 5)).isfinite().all()
+
+
+# --- task heads -------------------------------------------------------------------------------------------------------
+
+
+def with_heads(tmp_path, labels):
+    """Trained adapters of a text classifier, each with a head of its own."""
+    found = []
+    for i, count in enumerate(labels):
+        torch.manual_seed(i)
+        model = get_peft_model(bert(count), LoraConfig(target_modules=["query", "value"], task_type="SEQ_CLS", r=2))
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.data = 0.3 * torch.randn_like(parameter)
+        model.save_pretrained(tmp_path / f"h{i}")
+        found.append(tmp_path / f"h{i}")
+    return found
+
+
+def test_each_row_goes_through_its_own_task_head(tmp_path):
+    bank = Bank.fit(with_heads(tmp_path, (3, 3, 2)), max_error=0.1)
+    model, batch = bert(3), inputs_of("bert")
+    engine = AdapterEngine(model, bank)
+    base = logits(bert(3), batch)
+    with engine.adapters(["h0", "h2", None, "h1"]):
+        found = logits(model, batch)
+    assert torch.equal(found[2], base[2])
+    for row, member, count in ((0, "h0", 3), (1, "h2", 2), (3, "h1", 3)):
+        expected = logits(exported(bank, member, lambda count=count: bert(count), tmp_path / "out"), batch)[row]
+        torch.testing.assert_close(found[row, :count], expected, rtol=1e-3, atol=1e-4)
+        assert (found[row, count:] == -torch.inf).all()
+    assert torch.equal(logits(model, batch), base)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_merged_member_serves_every_row_and_leaves_every_bit(name, tmp_path):
+    make = MODELS[name]
+    model, batch = make(), inputs_of(name)
+    bank = Bank.fit(adapters_for(model, TARGETS[name]), max_error=0.1)
+    engine, before = AdapterEngine(model, bank), {n: p.clone() for n, p in model.named_parameters()}
+    with engine.merged("a1"):
+        found = logits(model, batch)
+    alike(found, logits(exported(bank, "a1", make, tmp_path), batch), logits(make(), batch))
+    assert all(torch.equal(parameter, before[n]) for n, parameter in model.named_parameters())
+
+
+def test_a_merged_member_brings_its_head(tmp_path):
+    bank = Bank.fit(with_heads(tmp_path, (3, 2)), max_error=0.1)
+    model, batch = bert(3), inputs_of("bert")
+    engine = AdapterEngine(model, bank)
+    with engine.merged("h1"):
+        found = logits(model, batch)
+    expected = logits(exported(bank, "h1", lambda: bert(2), tmp_path / "out"), batch)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert torch.equal(logits(model, batch), logits(bert(3), batch))
+
+
+# --- refused ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_refused_and_leaves_the_model_as_it_was(bank, tmp_path):
+    with pytest.raises(BankError, match=r"the model has no layer .*q_proj; is it the bank's base, tiny/base\?"):
+        AdapterEngine(bert(), bank)
+    model = llama()
+    engine, batch = AdapterEngine(model, bank), inputs_of("llama")
+    with (
+        pytest.raises(AdapterBankError, match="a layer sees 4 rows in a batch of 3 adapters"),
+        engine.adapters(["a0"] * 3),
+    ):
+        logits(model, batch)
+    layers = layers_to_adapt(llama(), ("o_proj",))
+    stranger = LoraAdapter.from_factors("other", {name: factors(d, e, 2, 0) for name, d, e in layers})
+    with pytest.raises(BankError, match=r"'other': the engine has no layer .*o_proj"):
+        engine.add(stranger)
+    assert torch.equal(logits(model, batch), logits(llama(), batch)) and engine.names == list(bank.names)
+
+
+def test_another_thread_waits_for_the_block_to_end(bank):
+    model, batch = llama(), inputs_of("llama", 2)
+    engine, found = AdapterEngine(model, bank), {}
+    expected = {}
+    for name in ("a0", "a1"):
+        with engine.adapters([name, name]):
+            expected[name] = logits(model, batch)
+
+    def work(name):
+        for _ in range(10):
+            with engine.adapters([name, name]):
+                found.setdefault(name, []).append(logits(model, batch))
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(one, expected[name]) for name, several in found.items() for one in several)
