@@ -1,6 +1,6 @@
 """The command ``adapterbank``: one public call per command. Importing it does not import torch."""
 
-from adapterbank.cli import changing, demo, fitting, looking, masks, training
+from adapterbank.cli import changing, demo, fitting, looking, masks, serving, training
 from adapterbank.cli.app import app, main
 from adapterbank.cli.shira import shira
 
@@ -19,6 +19,7 @@ for _command in (
     fitting.absorb,
     changing.export,
     training.train,
+    serving.plan,
 ):
     app.command()(_command)
 shira.command("mask")(masks.show)

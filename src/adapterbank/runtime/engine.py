@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from adapterbank.adapters import LoraAdapter
 from adapterbank.adapters.names import check_name, match_modules
 from adapterbank.bank import Bank
-from adapterbank.bank.shared_basis import DEFAULT_K
 from adapterbank.errors import BankError, UnknownNameError
 from adapterbank.runtime.heads import ServedHead, State
 from adapterbank.runtime.layer import COMPUTE, ServedLayer
-from adapterbank.runtime.members import LayerBasis, Member, split
+from adapterbank.runtime.members import LayerBasis, Member, directions, split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +78,7 @@ class AdapterEngine:
         self.model, self.bank = model, bank if isinstance(bank, Bank) else Bank.load(Path(bank).expanduser())
         self.bits, self.memory = bits, memory
         self._names = _layers_of(self.bank, model)
-        basis = self.bank.basis(_directions(self.bank) if k is None else k)
+        basis = self.bank.basis(directions(self.bank) if k is None else k)
         bases = {layer: LayerBasis.of(basis.modules[module]) for module, layer in self._names.items()}
         dtype = next((p.dtype for p in model.parameters() if p.dtype in COMPUTE), torch.float32)
         self._layers = {name: ServedLayer(model.get_submodule(name), bases[name], dtype, crossover) for name in bases}
@@ -292,13 +291,6 @@ class AdapterEngine:
 
 def _k(basis: LayerBasis) -> tuple[int, int]:
     return len(basis.V), int(basis.U.shape[1])
-
-
-def _directions(bank: Bank) -> int | None:
-    """All that a layer stores or a task was trained on, if that is more than ``Bank.basis`` gives by itself."""
-    counts = [max(pair) for pair in bank.directions().values()]
-    counts += [entry.task.k or 0 for entry in bank.index.members.values() if entry.task is not None]
-    return most if (most := max(counts, default=0)) > DEFAULT_K else None
 
 
 def _layers_of(bank: Bank, model: nn.Module) -> Mapping[str, str]:

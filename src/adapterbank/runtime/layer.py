@@ -92,7 +92,7 @@ class ServedLayer:
         )
 
     def _device(self) -> torch.device:
-        tensors = [*self.layer.parameters(), *self.layer.buffers()]
+        tensors = [t for t in (*self.layer.parameters(), *self.layer.buffers()) if not t.is_meta]
         return tensors[0].device if tensors else self.V.device
 
     def _stacked(self, matrices: Sequence[Packed], device: torch.device) -> Float[Tensor, "n r _"]:

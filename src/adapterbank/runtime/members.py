@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from adapterbank.adapters import LoraAdapter
-from adapterbank.bank.shared_basis import SharedBasis
+from adapterbank.bank import Bank
+from adapterbank.bank.shared_basis import DEFAULT_K, SharedBasis
 from adapterbank.errors import BankError
 from adapterbank.runtime.packing import Packed
 
@@ -136,3 +137,10 @@ def _divided(rows: Float[Tensor, "r d"], basis: Float[Tensor, "k d"], bits: int)
     rest = rows - coefficients @ basis
     private = bool(rest.norm() > NOTHING * rows.norm())
     return Packed.of(coefficients, bits), Packed.of(rest, bits) if private else None
+
+
+def directions(bank: Bank) -> int | None:
+    """All that a layer stores or a task was trained on, if that is more than ``Bank.basis`` gives by itself."""
+    counts = [max(pair) for pair in bank.directions().values()]
+    counts += [entry.task.k or 0 for entry in bank.index.members.values() if entry.task is not None]
+    return most if (most := max(counts, default=0)) > DEFAULT_K else None

@@ -1,0 +1,82 @@
+"""The command before serving: plan."""
+
+from dataclasses import asdict
+from enum import Enum
+from importlib.util import find_spec
+from typing import Annotated, Any
+
+import typer
+
+from adapterbank.cli.app import BankPath, Json, count, fail, print_json, print_table, say
+
+
+class Bits(str, Enum):
+    """Of a value in memory."""
+
+    eight = "8"
+    sixteen = "16"
+    thirty_two = "32"
+
+
+def plan(
+    bank: BankPath,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Directory or hub id of the base model, to count it too.")
+    ] = None,
+    k: Annotated[
+        int | None, typer.Option("-k", metavar="K", help="Directions a side; by default as the engine takes them.")
+    ] = None,
+    bits: Annotated[Bits, typer.Option(help="Of a member's value in memory.")] = Bits.sixteen,
+    as_json: Json = False,
+) -> None:
+    """Say how many bytes a bank takes on the device that serves it, against full adapters at 16 bits.
+
+    Example: adapterbank plan bank --model org/base
+    """
+    from adapterbank.bank import Bank
+    from adapterbank.runtime.plan import plan as planned
+
+    opened, base, dtype = Bank.load(bank), None, None
+    if model is not None:
+        base, dtype = _base(model)
+    found = planned(opened, k=k, bits=int(bits.value), **({} if dtype is None else {"dtype": dtype}))
+    if as_json:
+        print_json({"bank": bank, "base_bytes": base, **asdict(found), "bytes": found.bytes})
+        return
+    rows = [
+        *([("base model", _size(base))] if base is not None else []),
+        ("shared directions", _size(found.basis_bytes)),
+        ("coefficients", _size(found.shared_bytes)),
+        ("what the directions can't hold", _size(found.private_bytes)),
+        ("task heads", _size(found.head_bytes)),
+        ("the bank", _size(found.bytes)),
+        ("as full adapters", _size(found.full_bytes + found.head_bytes)),
+    ]
+    print_table(f"{count(found.members, 'member')} of {bank}", ("", "bytes"), rows, last=2)
+    if found.sampled < found.members:
+        say(f"From {count(found.sampled, 'member')} that were read.")
+    if found.private_bytes > found.shared_bytes:
+        say("Most of it is what members don't share: a copy of the bank after Bank.compact(k) has none of that.")
+
+
+def _base(model: str) -> tuple[int, Any]:
+    """Bytes and type of a model's weights."""
+    if find_spec("transformers") is None:
+        fail("--model needs transformers: pip install 'adapterbank[peft]'")
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.from_pretrained(model)
+    with torch.device("meta"):
+        dtype = getattr(config, "dtype", None) or torch.float32
+        skeleton = AutoModel.from_config(config)
+    return sum(parameter.numel() for parameter in skeleton.parameters()) * dtype.itemsize, dtype
+
+
+def _size(count: int | None) -> str:
+    amount, unit = float(count or 0), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if amount < 1000:
+            break
+        amount, unit = amount / 1000, larger
+    return f"{amount:.3g} {unit}"
