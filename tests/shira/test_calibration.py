@@ -145,6 +145,73 @@ def test_a_planted_support_is_found_by_its_gradient_and_not_by_magnitude():
     assert found["wm"] < 0.2
 
 
+@pytest.mark.parametrize("mask", ["grad", "snip"])
+def test_other_adapters_on_other_layers_do_not_matter(batches, mask):
+    found = []
+    for other in (False, True):
+        model = get_peft_model(llama(), config(mask="wm", density=0.5, target_modules=["k_proj", "up_proj"]))
+        for layer in layers(model).values():
+            layer.sparse_values["default"].data.normal_().mul_(0.3 if other else 0.0)
+        model.add_adapter("second", config(mask=mask))
+        model.base_model.set_adapter(["default", "second"])
+        calibrate(model, batches, adapter_name="second")
+        found.append(
+            [layer.sparse_positions["second"] for layer in layers(model).values() if "second" in layer.scaling]
+        )
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def test_an_optimiser_may_be_made_before(batches):
+    model = get_peft_model(llama(), config())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    calibrate(model, batches)
+    model.train()(**batches[0]).loss.backward()
+    optimizer.step()
+    assert all(layer.sparse_values["default"].any() for layer in layers(model).values())
+
+
+def test_the_config_tells_how_it_was_done(batches, tmp_path):
+    model = get_peft_model(llama(), config())
+    assert model.peft_config["default"].calibration is None
+    calibrate(model, batches, how="sum_of_abs", most_batches=2)
+    model.save_pretrained(tmp_path)
+    assert ShiraTunerConfig.from_pretrained(tmp_path).calibration == {"how": "sum_of_abs", "batches": 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model.set_adapter("second"), r"'default' isn't active.*model\.set_adapter\('default'\)"),
+        (lambda model: model.merge_adapter(["second"]), "second is merged into the base model; unmerge it first"),
+    ],
+    ids=["inactive", "merged"],
+)
+def test_another_adapter_must_not_stand_in_the_way(batches, change, message):
+    model = get_peft_model(llama(), config())
+    model.add_adapter("second", config(mask="rand", target_modules=["k_proj"]))
+    change(model)
+    with pytest.raises(AdapterBankError, match=message):
+        calibrate(model, batches)
+
+
+def test_it_goes_again_until_the_adapter_is_trained(batches):
+    model = get_peft_model(llama(), config())
+    for _ in range(2):
+        calibrate(model, batches)
+    next(iter(layers(model).values())).sparse_values["default"].data += 1
+    with pytest.raises(AdapterBankError, match="'default' was trained; calibrate a fresh one"):
+        calibrate(model, batches)
+
+
+def test_a_layer_that_the_loss_does_not_reach_is_named(batches):
+    base = bert()
+    base.classifier.weight.data.zero_()  # and stays, as no module to save
+    labelled = [{"input_ids": b["input_ids"], "labels": torch.randint(0, 3, (4,))} for b in batches]
+    model = get_peft_model(base, config(target_modules=list(TARGETS["bert"])))
+    with pytest.raises(AdapterBankError, match=r"no gradient in bert\.encoder\.layer\.0\.attention\.self\.query"):
+        calibrate(model, labelled)
+
+
 @pytest.mark.parametrize(
     ("fields", "call", "message"),
     [

@@ -114,6 +114,13 @@ def test_what_is_missing_or_frozen_is_refused():
         mask_gradients(model, positions_of(model), optimizer)
 
 
+def test_what_is_no_matrix_is_refused():
+    model = nn.Sequential(nn.Linear(4, 6))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(AdapterBankError, match=r"0\.bias is \(6,\): sparse adapters change matrices"):
+        mask_gradients(model, {"0.bias": torch.tensor([1])}, optimizer)
+
+
 def test_when_the_masks_are_off_everything_trains():
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

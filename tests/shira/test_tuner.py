@@ -160,6 +160,19 @@ def test_two_forwards_before_the_backward_are_fine(model, inputs):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_base_weight_that_is_not_frozen_gets_its_gradient(kind):
+    layer = layers(perturb(get_peft_model(MODELS[kind](), config(target_modules=list(TARGETS[kind])))))[0]
+    layer.base_layer.requires_grad_(True)
+    x = torch.randn(3, 5, layer.in_features)
+    changed = copy.deepcopy(layer.base_layer)
+    changed.weight.data += layer.get_delta_weight("default").detach()
+    for ours, theirs in zip(layer.base_layer.parameters(), changed.parameters(), strict=True):
+        (one,) = torch.autograd.grad(layer(x).square().sum(), [ours])
+        (other,) = torch.autograd.grad(changed(x).square().sum(), [theirs])
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_half_precision_base_trains_values_in_float32(dtype, inputs):
     model = get_peft_model(llama().to(dtype), config())
@@ -264,6 +277,20 @@ def test_a_live_adapter_is_a_delta_without_a_file(model, inputs, tmp_path):
         SparseDelta.from_peft(model, "other")
 
 
+def test_a_live_adapter_is_taken_at_the_strength_it_has_also_when_merged(model, inputs):
+    for layer in layers(model):
+        layer.set_scale("default", 0.5)
+    expected, plain = logits(model, inputs), llama()
+    SparseDelta.from_peft(model).apply_(plain)
+    torch.testing.assert_close(logits(plain, inputs), expected, rtol=1e-5, atol=1e-5)
+    model.merge_adapter()
+    other = llama()
+    SparseDelta.from_peft(model).apply_(other)
+    assert torch.equal(logits(other, inputs), logits(plain, inputs))
+    model.unmerge_adapter()
+    assert untouched(model)
+
+
 def test_another_base_model_is_refused(model, inputs, tmp_path):
     model.save_pretrained(tmp_path / "task")
     other = llama()
@@ -301,17 +328,38 @@ def test_positions_that_no_mask_gives_are_refused_before_they_are_used(model, in
     assert untouched(loaded)
 
 
-def test_an_adapter_that_replaced_another_one_is_saved_as_what_it_is(model, inputs, tmp_path):
-    other = perturb(get_peft_model(llama(), config(mask="rand", seed=77, task_type="CAUSAL_LM")))
-    count = sum(p.numel() for n, p in model.named_parameters() if "sparse_values" in n)
-    if sum(p.numel() for n, p in other.named_parameters() if "sparse_values" in n) != count:
-        with pytest.raises(RuntimeError, match="size mismatch"):
-            set_peft_model_state_dict(model, get_peft_model_state_dict(other))
-        return
-    set_peft_model_state_dict(model, get_peft_model_state_dict(other))
+@pytest.mark.parametrize("kind", ["trained", "merged", "uncalibrated", "just loaded"])
+def test_a_file_of_any_size_goes_over_an_adapter_that_is_there(model, inputs, tmp_path, kind):
+    expected = logits(model, inputs)
     model.save_pretrained(tmp_path / "task")
-    loaded = PeftModel.from_pretrained(llama(), tmp_path / "task").eval()
-    torch.testing.assert_close(logits(loaded, inputs), logits(other.eval(), inputs), rtol=0, atol=0)
+    mask = "snip" if kind == "uncalibrated" else "rand"
+    other = get_peft_model(llama(), config(mask=mask, density=0.07, task_type="CAUSAL_LM")).eval()
+    if kind == "merged":
+        perturb(other).merge_adapter()
+    if kind == "just loaded":  # and not looked at yet
+        perturb(other).save_pretrained(tmp_path / "other")
+        other = PeftModel.from_pretrained(llama(), tmp_path / "other").eval()
+    held = [layer.sparse_values["default"] for layer in layers(other)]
+    other.load_adapter(tmp_path / "task", "default")
+    torch.testing.assert_close(logits(other, inputs), expected, rtol=0, atol=0)
+    assert untouched(other)
+    assert all(layer.sparse_values["default"] is p for layer, p in zip(layers(other), held, strict=True))
+    other.save_pretrained(tmp_path / "again")
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "again").eval()
+    torch.testing.assert_close(logits(loaded, inputs), expected, rtol=0, atol=0)
+
+
+def test_positions_without_values_are_refused(model):
+    state = {n: t for n, t in get_peft_model_state_dict(model).items() if "sparse_positions" in n}
+    with pytest.raises(AdapterError, match=r"'default': the file has positions for .*q_proj, but no values"):
+        set_peft_model_state_dict(model, state)
+
+
+def test_a_saved_config_alone_makes_no_adapter(model, inputs, tmp_path):
+    model.save_pretrained(tmp_path / "task")
+    empty = get_peft_model(llama(), PeftConfig.from_pretrained(tmp_path / "task"))
+    with pytest.raises(AdapterError, match="whose file wasn't loaded"):
+        empty(**inputs)
 
 
 def test_a_state_dict_goes_into_a_fresh_adapter(model, inputs, fields):
@@ -347,6 +395,22 @@ def test_merging_changes_no_output_and_unmerging_brings_back_every_bit(model, in
         torch.testing.assert_close(logits(model, inputs), expected, rtol=1e-5, atol=1e-6)
         model.unmerge_adapter()
     assert untouched(model)
+
+
+@pytest.mark.parametrize(
+    "types",
+    [["bfloat16"], ["float16"], ["float64"], ["bfloat16", "float32"], ["float16", "bfloat16"]],
+    ids=" then ".join,
+)
+def test_unmerging_brings_back_every_bit_also_of_a_model_that_changed_its_type(model, types):
+    model.merge_adapter()
+    base = llama()
+    for dtype in types:
+        model.to(getattr(torch, dtype))
+        base.to(getattr(torch, dtype))
+    model.unmerge_adapter()
+    expected = weights(base)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(model).items())
 
 
 def test_merge_and_unload_leaves_a_plain_model(model, inputs):
@@ -423,6 +487,22 @@ def test_loaded_adapters_that_overlap_merge_together(pair, tmp_path, inputs):
     assert untouched(loaded)
 
 
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged:UserWarning")
+def test_adapters_that_overlap_merge_one_after_the_other_and_are_saved_meanwhile(pair, tmp_path):
+    pair.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    loaded.load_adapter(tmp_path / "second", "second")
+    loaded.merge_adapter(["default"])
+    loaded.save_pretrained(tmp_path / "meanwhile")
+    loaded.merge_adapter(["second"])
+    pair.merge_adapter(["default", "second"])
+    ours, theirs = weights(loaded), weights(pair)
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    loaded.unmerge_adapter()
+    assert untouched(loaded)
+    PeftModel.from_pretrained(llama(), tmp_path / "meanwhile" / "second").merge_adapter()
+
+
 def test_a_mask_is_chosen_on_the_base_also_while_another_adapter_is_merged(model):
     model.merge_adapter()
     model.add_adapter("second", config(task_type="CAUSAL_LM", density=0.5))
@@ -493,6 +573,20 @@ def test_impossible_configs_are_refused(fields, message):
 def test_what_is_no_linear_layer_is_refused():
     with pytest.raises(AdapterBankError, match="Embedding is no linear layer"):
         get_peft_model(llama(), config(target_modules=["embed_tokens"]))
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_a_weight_that_another_parameter_is_too_is_refused():
+    with pytest.raises(AdapterBankError, match=r"wte\.weight and lm_head\.weight are one tensor"):
+        get_peft_model(gpt2(), config(target_modules=["c_attn", "lm_head"]))
+
+
+def test_weights_of_a_type_that_can_not_be_changed_are_refused():
+    model = llama()
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.weight = torch.nn.Parameter(layer.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(AdapterBankError, match=r"is torch\.float8_e4m3fn .* load the base model unquantised"):
+        get_peft_model(model, config())
 
 
 def test_rows_of_a_batch_can_not_have_adapters_of_their_own(model, inputs):

@@ -70,14 +70,18 @@ def mask_gradients(
         optimizer: That trains them.
 
     Raises:
-        AdapterBankError: If a parameter is missing or frozen, or the optimiser doesn't train it, or decays it: AdamW's
-            decay moves weights that have no gradient too.
+        AdapterBankError: If a parameter is missing, frozen or no matrix, or the optimiser doesn't train it, or decays
+            it: AdamW's decay moves weights that have no gradient too.
     """
     named, decays = dict(model.named_parameters()), _decays(optimizer)
     parameters = {}
     for name in positions:
         if name not in named:
             raise AdapterBankError(f"the model has no parameter {name}")
+        if named[name].ndim != 2:
+            raise AdapterBankError(
+                f"{name} is {tuple(named[name].shape)}: sparse adapters change matrices; leave it out of the positions"
+            )
         if not named[name].requires_grad:
             raise AdapterBankError(f"{name} is frozen; set requires_grad_(True) on what is to be trained")
         if named[name] not in decays:

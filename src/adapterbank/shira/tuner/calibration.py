@@ -1,12 +1,13 @@
 """Masks by the task's gradient: which weights matter, seen on a few batches."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from adapterbank.calibration import Loss, default_loss, evaluating, fitted_head, held_batches
@@ -33,8 +34,9 @@ def calibrate(
 ) -> None:
     """Choose the positions of an untrained adapter whose mask is ``grad`` or ``snip``; nothing else is changed.
 
-    The gradient is that of the base model, its head fitted for a few steps and put back (a zero head has none).
-    Weights, modes, random state, flags and ``.grad`` are left as found.
+    The gradient is that of the base model alone, without any adapter, its head fitted for a few steps and put back (a
+    zero head has none). Weights, modes, random state, flags and ``.grad`` are left as found; an optimiser may have the
+    values already. The adapter's config then says how it was done.
 
     Args:
         model: A PEFT model.
@@ -50,17 +52,27 @@ def calibrate(
         progress: Called with ``(stage, done, total)``.
 
     Raises:
-        AdapterBankError: If the adapter's mask needs no gradient, it was trained, or there are no batches.
+        AdapterBankError: If the adapter's mask needs no gradient, it isn't active or was trained, an adapter is merged,
+            there are no batches, or the loss has no gradient in one of the layers.
     """
     layers, config = _ready(model, adapter_name), _config_of(model, adapter_name)
     if how not in SUMS:
         raise AdapterBankError(f"how={how!r} is unknown; choose from {', '.join(SUMS)}")
     held, found = held_batches(batches, most_batches), dict[str, Tensor]()
-    with torch.random.fork_rng(), fitted_head(model, adapter_name, held, loss, head_steps, head_lr):
+    with (
+        torch.random.fork_rng(),
+        _base_alone(model),
+        fitted_head(model, adapter_name, held, loss, head_steps, head_lr),
+    ):
         for names in _chunks(list(layers), layers_at_once or len(layers)):
             weights = [layers[name].get_base_layer().weight for name in names]
-            sums = _summed(model, list(layers.values()), weights, held, loss, how)
+            sums = _summed(model, weights, held, loss, how)
             for name, weight, gradient in zip(names, weights, sums, strict=True):
+                if not gradient.any():
+                    raise AdapterBankError(
+                        f"the loss has no gradient in {name}, so no weight of it comes first: leave it out of "
+                        "target_modules if the loss doesn't reach it; a head of zeros belongs into modules_to_save"
+                    )
                 if config.mask == "grad":
                     found[name] = masks.grad(gradient, config.density, part=config.part)
                 else:
@@ -69,6 +81,7 @@ def calibrate(
                     progress("choose positions", len(found), len(layers))
     for name, layer in layers.items():  # all or none
         layer.put_in(adapter_name, found[name])
+    config.calibration = {"how": how, "batches": len(held)}
     note(config, model, adapter_name)
 
 
@@ -79,8 +92,15 @@ def _ready(model: nn.Module, adapter_name: str) -> dict[str, SparseLayer]:
     config = _config_of(model, adapter_name)
     if config.mask not in masks.GRADIENT_KINDS:
         raise AdapterBankError(f"adapter {adapter_name!r} has its positions: mask={config.mask!r} needs no gradient")
-    if any(layer.sparse_values[adapter_name].any() or layer.merged for layer in layers.values()):
-        raise AdapterBankError(f"adapter {adapter_name!r} was trained or is merged; calibrate a fresh one")
+    if any(layer.values(adapter_name).any() for layer in layers.values()):
+        raise AdapterBankError(f"adapter {adapter_name!r} was trained; calibrate a fresh one")
+    if any(adapter_name not in layer.active_adapters for layer in layers.values()):
+        raise AdapterBankError(
+            f"adapter {adapter_name!r} isn't active, so the loss is that of another one's head; call "
+            f"model.set_adapter({adapter_name!r}) first"
+        )
+    if merged := sorted({name for layer in _tuned(model) for name in layer.merged_adapters}):
+        raise AdapterBankError(f"{', '.join(merged)} is merged into the base model; unmerge it first")
     return layers
 
 
@@ -96,7 +116,6 @@ def _chunks(names: list[str], size: int) -> Iterator[list[str]]:
 
 def _summed(
     model: nn.Module,
-    layers: Sequence[SparseLayer],
     weights: list[nn.Parameter],
     batches: list[Any],
     loss: Loss,
@@ -104,7 +123,7 @@ def _summed(
 ) -> list[Float[Tensor, "_ _"]]:
     """Gradients of some base weights over all batches, in float32."""
     sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
-    with evaluating(model), _base_alone(layers), _asking_for(model, weights):
+    with evaluating(model), _asking_for(model, weights):
         for batch in batches:
             # not backward(): nobody's .grad changes
             gradients = torch.autograd.grad(loss(model, batch), weights, allow_unused=True)
@@ -114,9 +133,14 @@ def _summed(
     return sums
 
 
+def _tuned(model: nn.Module) -> list[BaseTunerLayer]:
+    return [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+
+
 @contextmanager
-def _base_alone(layers: Sequence[SparseLayer]) -> Iterator[None]:
-    """The base layers themselves, whose weights autograd knows."""
+def _base_alone(model: nn.Module) -> Iterator[None]:
+    """The base layers themselves, whose weights autograd knows, whatever adapters are active where."""
+    layers = _tuned(model)
     flags = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True

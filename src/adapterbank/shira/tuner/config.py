@@ -49,6 +49,8 @@ class ShiraTunerConfig(PeftConfig):
     """Set on use: shape of each layer's weight."""
     fingerprints: dict[str, list[str]] | None = None
     """Set on use: of the base model's weights at the positions, see ``adapterbank.shira.delta.fingerprint_of``."""
+    calibration: dict[str, Any] | None = None
+    """Set by ``calibrate``: ``how`` gradients were summed, and over how many ``batches``."""
     is_saved: bool = False
     """Set in files: the positions are in the file."""
 

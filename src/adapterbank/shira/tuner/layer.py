@@ -1,9 +1,12 @@
 """A linear layer of which some weights are trained, as a PEFT tuner layer."""
 
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
@@ -15,6 +18,9 @@ from adapterbank.shira import masks
 from adapterbank.shira.delta import check_fingerprint, fingerprint_of, gathered, put_, read_fingerprint
 from adapterbank.shira.tuner.config import ShiraTunerConfig
 from adapterbank.shira.tuner.ops import sparse_linear
+
+DENSE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Types of weights that can be changed in place: others hold float8, or quantised values."""
 
 
 class SparseLayer(ScaledAdapters, BaseTunerLayer):
@@ -36,7 +42,7 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
         self.is_conv1d = isinstance(inner, Conv1D)
         if not isinstance(inner, (nn.Linear, Conv1D)) or not isinstance(weight, Tensor):
             raise AdapterBankError(f"{type(inner).__name__} is no linear layer; sparse adapters change those only")
-        if not weight.is_floating_point() or not weight.is_contiguous():
+        if weight.dtype not in DENSE or not weight.is_contiguous():
             raise AdapterBankError(
                 f"the weight of {type(inner).__name__} is {weight.dtype} with strides {weight.stride()}: it can't be "
                 "changed in place; load the base model unquantised"
@@ -47,13 +53,13 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
         self.sparse_positions = BufferDict(persistent=True)
         self.scaling: dict[str, float] = {}
         self.initial_scaling: dict[str, float] = {}
-        self.expected: dict[str, tuple[str, ...]] = {}
-        """Fingerprints of loaded adapters whose base was not compared yet."""
-        self.unchecked: dict[str, bool] = {}
-        """Adapters whose positions came from a file and were not looked at yet."""
+        self.expected: dict[str, tuple[str, ...] | None] = {}
+        """Saved adapters whose file is still to come, with the fingerprint of their base where it is known."""
+        self.unchecked: dict[str, tuple[str, ...] | None] = {}
+        """The same of adapters whose file has come and was not looked at yet."""
         self.merged_adapters: list[str] = []
-        self._overwritten: list[Tensor] = []
-        """What merged adapters have overwritten, in the order of ``merged_adapters``."""
+        self._overwritten = BufferDict()
+        """What merged adapters have overwritten: buffers, so that it follows the weight to other types and devices."""
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
 
@@ -76,8 +82,7 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
             count = _count(config, key, self.shape[0] * self.shape[1])
             self.put_in(adapter_name, torch.zeros(count, dtype=masks.dtype_of(self.shape)))
             found = (config.fingerprints or {}).get(key)
-            if found is not None:
-                self.expected[adapter_name] = read_fingerprint(found)
+            self.expected[adapter_name] = None if found is None else read_fingerprint(found)
         elif config.mask in masks.GRADIENT_KINDS:
             self.put_in(adapter_name, torch.zeros(0, dtype=masks.dtype_of(self.shape)))
         else:
@@ -92,16 +97,36 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
         return masks.wm(self.get_base_layer().weight, config.density, part=config.part)
 
     def put_in(self, adapter_name: str, positions: Tensor) -> None:
-        """Give an adapter its positions, and values of zero; trained if it was."""
-        there = self.sparse_values.get(adapter_name)
+        """Give an adapter its positions, and values of zero."""
         device = self.get_base_layer().weight.device
         self.sparse_positions[adapter_name] = positions.to(device)
-        values = torch.zeros(len(positions), device=device)
-        self.sparse_values[adapter_name] = nn.Parameter(values, requires_grad=there is None or there.requires_grad)
+        if adapter_name not in self.sparse_values:
+            self.sparse_values[adapter_name] = nn.Parameter(torch.zeros(0, device=device))
+        values = self.sparse_values[adapter_name]
+        # the parameter itself stays: an optimiser may hold it already
+        values.data, values.grad = values.data.new_zeros(len(positions)), None
+
+    def receive(self, adapter_name: str, state: Mapping[str, Tensor], prefix: str) -> None:
+        """Make ready for an adapter of a state dict, of whatever size, to be looked at when it is first used.
+
+        Raises:
+            AdapterError: If the state dict has its positions without its values.
+        """
+        positions, there = state[f"{prefix}sparse_positions.{adapter_name}"], self.sparse_positions[adapter_name]
+        if f"{prefix}sparse_values.{adapter_name}" not in state:
+            raise AdapterError(
+                f"adapter {adapter_name!r}: the file has positions for {prefix[:-1]}, but no values; save it again"
+            )
+        if adapter_name in self.merged_adapters:
+            self.unmerge()
+        if positions.shape != there.shape:
+            self.put_in(adapter_name, torch.zeros_like(positions))
+        self.unchecked[adapter_name] = self.expected.pop(adapter_name, None)
 
     def fingerprint(self, adapter_name: str) -> tuple[str, ...]:
         """Of the base weight at an adapter's positions."""
-        return fingerprint_of(self.get_base_layer().weight, self.sparse_positions[adapter_name])
+        with self._unmerged():
+            return fingerprint_of(self.get_base_layer().weight, self.sparse_positions[adapter_name])
 
     # --- the update ---------------------------------------------------------------------------------------------------
 
@@ -109,7 +134,7 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
         """The base layer on the changed weight."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        names = [name for name in self.active_adapters if name in self.sparse_values]
+        names = [name for name in self.active_adapters if name in self.sparse_positions]
         if self.disable_adapters or self.merged or not names:
             output: Tensor = self.base_layer(x, *args, **kwargs)
             return output
@@ -134,50 +159,50 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
         """Look at what a file brought, once: its positions, and the base model that it was made for.
 
         Raises:
-            AdapterError: If positions don't ascend within the weight, or the base is another model's.
+            AdapterError: If no file came, positions don't ascend within the weight, or the base is another model's.
         """
-        if self.unchecked.get(adapter_name):
-            positions, total = self.sparse_positions[adapter_name], self.shape[0] * self.shape[1]
-            inside = not len(positions) or (int(positions[0]) >= 0 and int(positions[-1]) < total)
-            if not inside or not bool((positions[1:] > positions[:-1]).all()):
-                raise AdapterError(
-                    f"adapter {adapter_name!r} is damaged: its positions don't ascend within {total} weights; copy it "
-                    "again"
-                )
-            del self.unchecked[adapter_name]
         if adapter_name in self.expected:
-            self.check_base(adapter_name)
-
-    def check_base(self, adapter_name: str) -> None:
-        """Compare the base weight with a loaded adapter's fingerprint, once.
-
-        Raises:
-            AdapterError: If it is another model's.
-        """
-        expected = self.expected[adapter_name]
-        if not check_fingerprint(expected, self.fingerprint(adapter_name)):
+            raise AdapterError(
+                f"adapter {adapter_name!r} has the config of a saved one, whose file wasn't loaded; use "
+                "PeftModel.from_pretrained, or a new ShiraTunerConfig for a new adapter"
+            )
+        if adapter_name not in self.unchecked:
+            return
+        positions, total = self.sparse_positions[adapter_name], self.shape[0] * self.shape[1]
+        inside = not len(positions) or (int(positions[0]) >= 0 and int(positions[-1]) < total)
+        if not inside or not bool((positions[1:] > positions[:-1]).all()):
+            raise AdapterError(
+                f"adapter {adapter_name!r} is damaged: its positions don't ascend within {total} weights; copy it again"
+            )
+        expected = self.unchecked[adapter_name]
+        if expected is not None and not check_fingerprint(expected, self.fingerprint(adapter_name)):
             raise AdapterError(
                 f"adapter {adapter_name!r} was made for a base model with other weights; load the one it was trained on"
             )
-        del self.expected[adapter_name]
+        del self.unchecked[adapter_name]
 
     def _together(self, names: list[str]) -> tuple[Tensor, Tensor]:
         """Positions and values of the active adapters' sum."""
         positions = [self.sparse_positions[name] for name in names]
-        values = [self._scaled(name) for name in names]
+        values = [self._values(name) for name in names]
         if len(names) == 1:
             return positions[0], values[0]
         union, place = torch.unique(torch.cat(positions), return_inverse=True)
         every = torch.cat(values)
         return union, every.new_zeros(len(union)).index_add(0, place, every)
 
-    def _scaled(self, name: str) -> Tensor:
+    def _values(self, name: str) -> Tensor:
         values: Tensor = self.sparse_values[name]
         return values if self.scaling[name] == 1 else self.scaling[name] * values
 
+    def values(self, adapter_name: str) -> Float[Tensor, " nnz"]:
+        """What an adapter adds to the base weight at its positions, its strength included."""
+        with self._unmerged():
+            return self._values(adapter_name)
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The dense update in the base weight's own orientation."""
-        values = self._scaled(adapter)
+        values = self.values(adapter)
         found = values.new_zeros(self.shape[0] * self.shape[1])
         return found.index_put((self.sparse_positions[adapter].long(),), values).view(self.shape)
 
@@ -198,18 +223,19 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
         Raises:
             ValueError: If a merged weight is not finite, with ``safe_merge``.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.sparse_values]
-        for name in names:  # all of them before the first write
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.sparse_positions]
+        for name in names:
             self.check_loaded(name)
+        added = {name: self.values(name).float() for name in names}  # all of them before the first write
         for name in names:
             weight, positions = self.get_base_layer().weight.data, self.sparse_positions[name]
             saved = gathered(weight, positions)
-            new = (saved.float() + self._scaled(name).float()).to(weight.dtype)
+            new = (saved.float() + added[name]).to(weight.dtype)
             if safe_merge and not new.isfinite().all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             put_(weight, positions, new)
             self.merged_adapters.append(name)
-            self._overwritten.append(saved)
+            self._overwritten[name] = saved
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -218,7 +244,21 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            put_(self.get_base_layer().weight.data, self.sparse_positions[name], self._overwritten.pop())
+            put_(self.get_base_layer().weight.data, self.sparse_positions[name], self._overwritten.pop(name))
+
+    @contextmanager
+    def _unmerged(self) -> Iterator[None]:
+        """The base model's weight for a while, whatever is merged."""
+        weight = self.get_base_layer().weight.data
+        merged = [(self.sparse_positions[name], self._overwritten[name]) for name in self.merged_adapters]
+        now = [gathered(weight, positions) for positions, _ in merged]
+        try:
+            for positions, saved in reversed(merged):
+                put_(weight, positions, saved)
+            yield
+        finally:
+            for (positions, _), values in zip(merged, now, strict=True):
+                put_(weight, positions, values)
 
 
 class Linear(nn.Module, SparseLayer):
@@ -235,9 +275,11 @@ class Linear(nn.Module, SparseLayer):
         """See :meth:`SparseLayer.forward`."""
         return SparseLayer.forward(self, x, *args, **kwargs)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.unchecked = dict.fromkeys(self.sparse_values, True)
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name in list(self.sparse_positions.keys()):
+            if f"{prefix}sparse_positions.{name}" in state_dict:
+                self.receive(name, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __repr__(self) -> str:
         return "sparse_shira." + super().__repr__()

@@ -51,6 +51,7 @@ class ShiraTunerModel(BaseTuner):
             there: Any = target
             there.update_layer(adapter_name, peft_config, current_key)
             return
+        _check_not_tied(self.model, target)
         layer: Any = Linear(target, adapter_name, peft_config, current_key)
         if adapter_name not in self.active_adapters:
             layer.set_adapter(self.active_adapters)  # adding an adapter does not activate it
@@ -69,8 +70,7 @@ class ShiraTunerModel(BaseTuner):
         layers = layers_of(model, adapter_name).values()
         for layer in layers:
             layer.check_loaded(adapter_name)
-        if not any(layer.merged for layer in layers):  # a merged base has no fingerprint of its own
-            note(config, model, adapter_name)
+        note(config, model, adapter_name)
         found: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
@@ -87,7 +87,7 @@ def layers_of(model: nn.Module, adapter_name: str) -> dict[str, SparseLayer]:
     """Layers that an adapter changes, by their names in the base model."""
     found = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, SparseLayer) and adapter_name in layer.sparse_values:
+        if isinstance(layer, SparseLayer) and adapter_name in layer.sparse_positions:
             found[name.removeprefix("base_model.model.")] = layer
     return found
 
@@ -98,3 +98,13 @@ def note(config: ShiraTunerConfig, model: nn.Module, adapter_name: str) -> None:
     config.counts = {name: len(layer.sparse_positions[adapter_name]) for name, layer in layers.items()}
     config.shapes = {name: list(layer.shape) for name, layer in layers.items()}
     config.fingerprints = {name: list(layer.fingerprint(adapter_name)) for name, layer in layers.items()}
+
+
+def _check_not_tied(model: nn.Module, target: nn.Module) -> None:
+    weight, every = getattr(target, "weight", None), model.named_parameters(remove_duplicate=False)
+    names = [name.replace(".base_layer", "") for name, parameter in every if parameter is weight]
+    if len(names) > 1:
+        raise AdapterBankError(
+            f"{' and '.join(names)} are one tensor: an adapter of one would change the other too; leave it out of "
+            "target_modules, or load the model untied (tie_word_embeddings=False)"
+        )

@@ -62,25 +62,26 @@ def _(x: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None, positions:
 def sparse_linear_backward(
     g: Tensor, x: Tensor, values: Tensor, weight: Tensor, positions: Tensor, transposed: bool, needed: list[bool]
 ) -> list[Tensor]:
-    """Gradients of ``x`` and of ``values``; an empty one where it isn't needed."""
-    grad_x, grad_values = x.new_empty(0), values.new_empty(0)
+    """Gradients of ``x``, ``values`` and ``weight``, that one dense; an empty one where it isn't needed."""
+    grad_x, grad_values, grad_weight = x.new_empty(0), values.new_empty(0), weight.new_empty(0)
     if needed[0]:
         with written(weight, positions, values):
             matrix = weight.to(g.dtype)
             grad_x = (g @ (matrix.T if transposed else matrix)).to(x.dtype).contiguous()
+    tokens, seen = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+    left, right = (seen, tokens) if transposed else (tokens, seen)
     if needed[1]:
-        tokens, seen = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
-        pair = (seen, tokens) if transposed else (tokens, seen)
-        grad_values = sampled_gradient(*pair, positions).to(values.dtype)
-    return [grad_x, grad_values]
+        grad_values = sampled_gradient(left, right, positions).to(values.dtype)
+    if needed[2]:
+        grad_weight = (left.T @ right).to(weight.dtype)
+    return [grad_x, grad_values, grad_weight]
 
 
 @sparse_linear_backward.register_fake
 def _(
     g: Tensor, x: Tensor, values: Tensor, weight: Tensor, positions: Tensor, transposed: bool, needed: list[bool]
 ) -> list[Tensor]:
-    empty = (x.new_empty(0), values.new_empty(0))
-    return [t.new_empty(t.shape) if n else e for t, n, e in zip((x, values), needed, empty, strict=True)]
+    return [t.new_empty(t.shape if n else (0,)) for t, n in zip((x, values, weight), needed, strict=True)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -91,10 +92,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, values, weight, positions = ctx.saved_tensors
-    needed = [bool(ctx.needs_input_grad[0]), bool(ctx.needs_input_grad[1])]
-    grad_x, grad_values = sparse_linear_backward(g, x, values, weight, positions, ctx.transposed, needed)
+    needed = [bool(need) for need in ctx.needs_input_grad[:3]]
+    found = sparse_linear_backward(g, x, values, weight, positions, ctx.transposed, needed)
     grad_bias = g.reshape(-1, g.shape[-1]).sum(0) if ctx.has_bias and ctx.needs_input_grad[3] else None
-    return grad_x if needed[0] else None, grad_values if needed[1] else None, None, grad_bias, None, None
+    return *(grad if n else None for grad, n in zip(found, needed, strict=True)), grad_bias, None, None
 
 
 sparse_linear.register_autograd(_backward, setup_context=_save)
