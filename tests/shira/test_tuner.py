@@ -17,12 +17,19 @@ from adapterbank.shira.tuner import ShiraTunerConfig, SparseLayer
 from adapterbank.shira.tuner.ops import sparse_linear
 from tiny_models import MODELS, TARGETS, gpt2, llama
 
-MASKS = {"wm": {}, "rand": {"mask": "rand", "seed": 3}, "struct": {"mask": "struct"}, "part": {"part": 1}}
+ROWS = {
+    "wm": {},
+    "rand": {"mask": "rand", "seed": 3},
+    "struct": {"mask": "struct"},
+    "part": {"part": 1},
+    "dora": {"dora_rank": 3},
+}
+"""Ways to train."""
 
 
-@pytest.fixture(params=MASKS)
+@pytest.fixture(params=ROWS)
 def fields(request):
-    return MASKS[request.param]
+    return ROWS[request.param]
 
 
 @pytest.fixture
@@ -39,9 +46,16 @@ def config(**fields):
 def perturb(model, adapter_name="default", seed=0):
     seeded = torch.Generator().manual_seed(seed)
     for layer in layers(model):
-        values = layer.sparse_values[adapter_name]
-        values.data += 0.3 * torch.randn(values.shape, generator=seeded)
+        for weight in parts(layer, adapter_name):
+            weight.data += 0.3 * torch.randn(weight.shape, generator=seeded)
     return model
+
+
+def parts(layer, adapter_name="default"):
+    """What is trained of an adapter in a layer."""
+    if adapter_name in layer.sparse_dora:
+        return list(layer.sparse_dora[adapter_name].parameters())
+    return [layer.sparse_values[adapter_name]]
 
 
 @pytest.fixture
@@ -76,14 +90,14 @@ def untouched(model):
 def test_an_untrained_adapter_is_the_base_model(inputs, fields):
     model = get_peft_model(llama(), config(**fields)).eval()
     torch.testing.assert_close(logits(model, inputs), logits(llama(), inputs), rtol=0, atol=1e-6)
+    assert not any(layer.values("default").any() for layer in layers(model))
 
 
-def test_only_the_values_are_trained_and_their_number_is_exact(model):
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    assert all(".sparse_values." in name for name in trained)
+def test_only_the_adapter_is_trained_and_its_positions_are_as_many_as_asked_for(model):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(one is p for one, p in zip(trained, (p for m in layers(model) for p in parts(m)), strict=True))
     if model.peft_config["default"].mask != "struct":
-        assert all(p.numel() == round(0.1 * m.shape[0] * m.shape[1])
-                   for p, m in zip(trained.values(), layers(model), strict=True))  # fmt: skip
+        assert all(len(m.sparse_positions["default"]) == round(0.1 * m.shape[0] * m.shape[1]) for m in layers(model))
 
 
 def test_the_layer_is_the_base_layer_on_the_changed_weight(model):
@@ -94,11 +108,12 @@ def test_the_layer_is_the_base_layer_on_the_changed_weight(model):
     changed.weight.requires_grad_(True)
     one, other = layer(x), changed(x)
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-    grad_x, grad_values = torch.autograd.grad(one.square().sum(), [x, layer.sparse_values["default"]])
+    grad_x, *grads = torch.autograd.grad(one.square().sum(), [x, *parts(layer)])
     dense_x, dense = torch.autograd.grad(other.square().sum(), [x, changed.weight])
     torch.testing.assert_close(grad_x, dense_x, rtol=1e-4, atol=1e-5)
-    positions = layer.sparse_positions["default"].long()
-    torch.testing.assert_close(grad_values, dense.flatten()[positions], rtol=1e-4, atol=1e-5)
+    seen = dense.flatten()[layer.sparse_positions["default"].long()]
+    for ours, theirs in zip(grads, torch.autograd.grad(layer.values("default"), parts(layer), seen), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_training_lowers_the_loss_and_leaves_the_base_as_it_was(model, inputs):
@@ -116,7 +131,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_as_it_was(model, inputs):
     # Adam: two numbers a value and a step a layer, nothing of the size of a weight
     state = [t for s in optimizer.state.values() for t in s.values()]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert sum(t.numel() for t in state) == 2 * trained + len(layers(model))
+    assert sum(t.numel() for t in state) == 2 * trained + sum(p.requires_grad for p in model.parameters())
 
 
 def test_no_saved_tensor_is_a_copy_of_a_weight(model, inputs):
@@ -195,9 +210,9 @@ def test_it_compiles_as_one_graph(model, monkeypatch):
     layer = layers(model)[0].train()
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    x, values = torch.randn(3, 16, layer.in_features, requires_grad=True), layer.sparse_values["default"]
+    x = torch.randn(3, 16, layer.in_features, requires_grad=True)
     torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-6)
-    ours, theirs = (torch.autograd.grad(f(x).square().sum(), [x, values]) for f in (compiled, layer))
+    ours, theirs = (torch.autograd.grad(f(x).square().sum(), [x, *parts(layer)]) for f in (compiled, layer))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert untouched(model)
@@ -223,8 +238,9 @@ def test_inputs_may_have_any_strides(model, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     layer = layers(model)[0]
     args = (
-        torch.randn(16, 3, layer.in_features).transpose(0, 1).requires_grad_(True), layer.sparse_values["default"],
-        layer.base_layer.weight, layer.base_layer.bias, layer.sparse_positions["default"], False,
+        torch.randn(16, 3, layer.in_features).transpose(0, 1).requires_grad_(True),
+        layer.values("default").detach().requires_grad_(True), layer.base_layer.weight, layer.base_layer.bias,
+        layer.sparse_positions["default"], False,
     )  # fmt: skip
     torch.library.opcheck(sparse_linear, args)
 
@@ -245,15 +261,18 @@ def test_a_loaded_adapter_can_be_trained_on(model, inputs, tmp_path):
     model.save_pretrained(tmp_path / "task")
     loaded = PeftModel.from_pretrained(llama(), tmp_path / "task", is_trainable=True)
     loaded(**inputs, labels=inputs["input_ids"]).loss.backward()
-    assert all(p.grad is not None for n, p in loaded.named_parameters() if "sparse_values" in n)
+    assert all(p.grad.any() for layer in layers(loaded) for p in parts(layer))
 
 
-def test_the_file_is_a_sparse_delta_and_a_delta_is_such_a_file(model, inputs, tmp_path):
+def test_the_file_is_a_sparse_delta_and_a_delta_is_such_a_file(model, inputs, tmp_path, fields):
     expected = logits(model, inputs)
-    model.save_pretrained(tmp_path / "task")
-    tensors = load_file(tmp_path / "task" / "adapter_model.safetensors")
-    assert {name.rpartition(".")[2] for name in tensors} == {"sparse_positions", "sparse_values"}
-    delta, plain = SparseDelta.load(tmp_path / "task"), llama()
+    if "dora_rank" in fields:  # a checkpoint to train on; the delta is taken out of the live model
+        delta, plain = SparseDelta.from_peft(model), llama()
+    else:
+        model.save_pretrained(tmp_path / "task")
+        tensors = load_file(tmp_path / "task" / "adapter_model.safetensors")
+        assert {name.rpartition(".")[2] for name in tensors} == {"sparse_positions", "sparse_values"}
+        delta, plain = SparseDelta.load(tmp_path / "task"), llama()
     assert all(update.fingerprint is not None for update in delta.updates.values())
     delta.apply_(plain)
     torch.testing.assert_close(logits(plain, inputs), expected, rtol=1e-5, atol=1e-5)
@@ -263,7 +282,7 @@ def test_the_file_is_a_sparse_delta_and_a_delta_is_such_a_file(model, inputs, tm
 
 
 def test_a_live_adapter_is_a_delta_without_a_file(model, inputs, tmp_path):
-    model.save_pretrained(tmp_path / "task")
+    SparseDelta.from_peft(model, name="task").save(tmp_path / "task", dtype=torch.float32)
     saved, live = SparseDelta.load(tmp_path / "task"), SparseDelta.from_peft(model, name="task")
     assert live.updates.keys() == saved.updates.keys() and live.config == saved.config
     for name, update in saved.updates.items():
@@ -329,30 +348,30 @@ def test_positions_that_no_mask_gives_are_refused_before_they_are_used(model, in
 
 
 @pytest.mark.parametrize("kind", ["trained", "merged", "uncalibrated", "just loaded"])
-def test_a_file_of_any_size_goes_over_an_adapter_that_is_there(model, inputs, tmp_path, kind):
+def test_a_file_of_any_size_goes_over_an_adapter_that_is_there(model, inputs, tmp_path, kind, fields):
     expected = logits(model, inputs)
     model.save_pretrained(tmp_path / "task")
-    mask = "snip" if kind == "uncalibrated" else "rand"
-    other = get_peft_model(llama(), config(mask=mask, density=0.07, task_type="CAUSAL_LM")).eval()
+    changed = {"mask": "snip" if kind == "uncalibrated" else "rand", "density": 0.07, "part": 0}
+    other = get_peft_model(llama(), config(task_type="CAUSAL_LM", **(fields | changed))).eval()
     if kind == "merged":
         perturb(other).merge_adapter()
     if kind == "just loaded":  # and not looked at yet
         perturb(other).save_pretrained(tmp_path / "other")
         other = PeftModel.from_pretrained(llama(), tmp_path / "other").eval()
-    held = [layer.sparse_values["default"] for layer in layers(other)]
+    held = [p for layer in layers(other) for p in parts(layer)]
     other.load_adapter(tmp_path / "task", "default")
     torch.testing.assert_close(logits(other, inputs), expected, rtol=0, atol=0)
     assert untouched(other)
-    assert all(layer.sparse_values["default"] is p for layer, p in zip(layers(other), held, strict=True))
+    assert all(one is p for one, p in zip((p for layer in layers(other) for p in parts(layer)), held, strict=True))
     other.save_pretrained(tmp_path / "again")
     loaded = PeftModel.from_pretrained(llama(), tmp_path / "again").eval()
     torch.testing.assert_close(logits(loaded, inputs), expected, rtol=0, atol=0)
 
 
-def test_positions_without_values_are_refused(model):
-    state = {n: t for n, t in get_peft_model_state_dict(model).items() if "sparse_positions" in n}
-    with pytest.raises(AdapterError, match=r"'default': the file has positions for .*q_proj, but no values"):
-        set_peft_model_state_dict(model, state)
+def test_a_file_of_another_kind_does_not_go_over_an_adapter(model, fields):
+    other = get_peft_model(llama(), config(dora_rank=0 if "dora_rank" in fields else 2))
+    with pytest.raises(AdapterError, match=r"'default' is .* positions for .*q_proj, but no sparse_.* a new name"):
+        set_peft_model_state_dict(model, get_peft_model_state_dict(other))
 
 
 def test_a_saved_config_alone_makes_no_adapter(model, inputs, tmp_path):
@@ -426,7 +445,7 @@ def test_unloading_gives_the_base_model(model, inputs):
 
 def test_safe_merging_refuses_values_that_are_not_finite(model):
     layer = layers(model)[0]
-    layer.sparse_values["default"].data.fill_(float("nan"))
+    parts(layer)[0].data.fill_(float("nan"))
     with pytest.raises(ValueError, match="NaNs"):
         layer.merge(safe_merge=True)
     assert untouched(model)
@@ -446,8 +465,10 @@ def test_disabling_gives_the_base_model_also_when_merged(model, inputs):
 
 
 @pytest.fixture
-def pair(model):
-    model.add_adapter("second", config(task_type="CAUSAL_LM", mask="rand", seed=8))
+def pair(model, fields):
+    """A second adapter, of other positions."""
+    second = {**fields, "mask": "rand", "seed": 8, "part": 0}
+    model.add_adapter("second", config(task_type="CAUSAL_LM", **second))
     perturb(model, "second", seed=5)
     return model.eval()
 
@@ -457,7 +478,7 @@ def test_switching_goes_back_and_forth(pair, inputs):
     pair.set_adapter("second")
     second = logits(pair, inputs)
     assert not torch.allclose(first, second)
-    assert all(n.endswith(".second") for n, p in pair.named_parameters() if p.requires_grad)
+    assert all(".second" in n for n, p in pair.named_parameters() if p.requires_grad)
     pair.set_adapter("default")
     torch.testing.assert_close(logits(pair, inputs), first, rtol=0, atol=0)
 
@@ -468,7 +489,7 @@ def test_both_at_once_are_the_sum_also_where_they_overlap(pair):
     x = torch.randn(9, layer.in_features)
     changed = layer.base_layer.weight + layer.get_delta_weight("default") + layer.get_delta_weight("second")
     torch.testing.assert_close(layer(x), x @ changed.T, rtol=1e-5, atol=1e-5)
-    grads = torch.autograd.grad(layer(x).square().sum(), list(layer.sparse_values.values()))
+    grads = torch.autograd.grad(layer(x).square().sum(), [*parts(layer), *parts(layer, "second")])
     assert all(g.any() for g in grads)
     pair.merge_adapter()
     torch.testing.assert_close(layer(x), x @ changed.T, rtol=1e-5, atol=1e-5)
@@ -560,7 +581,7 @@ def test_conv1d_has_its_weight_the_other_way_round():
     ("fields", "message"),
     [
         ({"density": 0.0}, "is no share"), ({"density": 2.0}, "is no share"),
-        ({"mask": "best"}, "mask='best' is unknown"),
+        ({"mask": "best"}, "mask='best' is unknown"), ({"dora_rank": -1}, "dora_rank=-1 is no rank"),
         ({"part": 1, "mask": "rand"}, "only wm, grad and snip have parts"), ({"offset": 1}, "only struct has rows"),
         ({"layers_pattern": "layers"}, "does nothing without layers_to_transform"),
     ],

@@ -7,7 +7,7 @@ times faster than the whole product; in plain torch the whole product in slices 
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
@@ -59,18 +59,22 @@ def _gathered(g: Tensor, x: Tensor, positions: Tensor) -> Tensor:
 
 
 def _sliced(g: Tensor, x: Tensor, positions: Tensor) -> Tensor:
-    rows, columns = g.shape[1], x.shape[1]
+    found = torch.empty(len(positions), device=g.device)
+    wide = x.float()
+    for rows, cut, inside in row_slices((g.shape[1], x.shape[1]), positions):
+        if len(inside):
+            found[cut] = (g[:, rows].T.float() @ wide).view(-1)[inside]
+    return found
+
+
+def row_slices(shape: Sequence[int], positions: Int[Tensor, " nnz"]) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Slices of a matrix's rows: which rows, which of the ascending positions lie there, and where in the slice."""
+    rows, columns = shape
     step = max(1, SLICE_BYTES // (4 * columns))
     starts = torch.arange(0, rows + step, step, device=positions.device, dtype=torch.int64).clamp_max(rows)
     cuts = torch.searchsorted(positions.long(), starts * columns).tolist()
-    found = torch.empty(len(positions), device=g.device)
-    wide = x.float()
-    for i, (first, last) in enumerate(pairwise(cuts)):
-        if first < last:
-            start = i * step
-            product = g[:, start : start + step].T.float() @ wide
-            found[first:last] = product.view(-1)[positions[first:last].long() - start * columns]
-    return found
+    for start, (first, last) in zip(range(0, rows, step), pairwise(cuts), strict=True):
+        yield slice(start, start + step), slice(first, last), positions[first:last].long() - start * columns
 
 
 def _add_products(g_T: Any, x_T: Any, bounds: Any, positions: Any, columns: int, found: Any) -> None:

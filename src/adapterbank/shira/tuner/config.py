@@ -36,6 +36,9 @@ class ShiraTunerConfig(PeftConfig):
     """Of ``struct``: the first row. Adapters of different offsets share the diagonal only."""
     seed: int = 0
     """Of ``rand``."""
+    dora_rank: int = 0
+    """0: the values are trained themselves. Else they are those of a DoRA of this rank, of which the mask keeps its
+    share (SHiRA-DoRA): more is trained, no more is changed."""
     target_modules: Any = None
     """As in PEFT; by default what LoRA adapts in this model."""
     exclude_modules: Any = None
@@ -60,6 +63,8 @@ class ShiraTunerConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
+        if type(self.dora_rank) is not int or self.dora_rank < 0:
+            raise AdapterBankError(f"dora_rank={self.dora_rank!r} is no rank; give a natural number, or 0 for no DoRA")
         if not self.is_saved:
             self._check()
 

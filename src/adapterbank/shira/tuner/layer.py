@@ -17,6 +17,7 @@ from adapterbank.peft_scaling import ScaledAdapters
 from adapterbank.shira import masks
 from adapterbank.shira.delta import check_fingerprint, fingerprint_of, gathered, put_, read_fingerprint
 from adapterbank.shira.tuner.config import ShiraTunerConfig
+from adapterbank.shira.tuner.dora import MaskedDora
 from adapterbank.shira.tuner.ops import sparse_linear
 
 DENSE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -24,9 +25,12 @@ DENSE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class SparseLayer(ScaledAdapters, BaseTunerLayer):
-    """``y = (W + S) x + b``: of ``S`` a few values are trained, at fixed positions; ``W`` is the base model's."""
+    """``y = (W + S) x + b``: of ``S`` a few values are trained, at fixed positions; ``W`` is the base model's.
 
-    adapter_layer_names: tuple[str, ...] = ("sparse_values",)
+    The values are parameters, or a DoRA's at these positions (:class:`adapterbank.shira.tuner.dora.MaskedDora`).
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("sparse_values", "sparse_dora")
     other_param_names: tuple[str, ...] = (
         "sparse_positions", "scaling", "initial_scaling", "expected", "unchecked",
     )  # fmt: skip
@@ -50,6 +54,7 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
         rows, columns = weight.shape
         self.in_features, self.out_features = (rows, columns) if self.is_conv1d else (columns, rows)
         self.sparse_values = nn.ParameterDict()
+        self.sparse_dora = nn.ModuleDict()
         self.sparse_positions = BufferDict(persistent=True)
         self.scaling: dict[str, float] = {}
         self.initial_scaling: dict[str, float] = {}
@@ -78,6 +83,9 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
             key: The layer's name in the model.
         """
         self.scaling[adapter_name] = self.initial_scaling[adapter_name] = 1.0
+        if config.dora_rank:
+            weight = self.get_base_layer().weight
+            self.sparse_dora[adapter_name] = MaskedDora(weight, config.dora_rank, transposed=self.is_conv1d)
         if config.is_saved:  # the file brings the positions
             count = _count(config, key, self.shape[0] * self.shape[1])
             self.put_in(adapter_name, torch.zeros(count, dtype=masks.dtype_of(self.shape)))
@@ -97,9 +105,11 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
         return masks.wm(self.get_base_layer().weight, config.density, part=config.part)
 
     def put_in(self, adapter_name: str, positions: Tensor) -> None:
-        """Give an adapter its positions, and values of zero."""
+        """Give an adapter its positions, and values of zero; a DoRA stays."""
         device = self.get_base_layer().weight.device
         self.sparse_positions[adapter_name] = positions.to(device)
+        if adapter_name in self.sparse_dora:
+            return
         if adapter_name not in self.sparse_values:
             self.sparse_values[adapter_name] = nn.Parameter(torch.zeros(0, device=device))
         values = self.sparse_values[adapter_name]
@@ -110,12 +120,15 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
         """Make ready for an adapter of a state dict, of whatever size, to be looked at when it is first used.
 
         Raises:
-            AdapterError: If the state dict has its positions without its values.
+            AdapterError: If the state dict has its positions, but not what gives its values.
         """
         positions, there = state[f"{prefix}sparse_positions.{adapter_name}"], self.sparse_positions[adapter_name]
-        if f"{prefix}sparse_values.{adapter_name}" not in state:
+        is_dora = adapter_name in self.sparse_dora
+        wanted = f"sparse_dora.{adapter_name}.magnitude" if is_dora else f"sparse_values.{adapter_name}"
+        if prefix + wanted not in state:
             raise AdapterError(
-                f"adapter {adapter_name!r}: the file has positions for {prefix[:-1]}, but no values; save it again"
+                f"adapter {adapter_name!r} is {'a DoRA' if is_dora else 'no DoRA'}: the file has positions for "
+                f"{prefix[:-1]}, but no {wanted.split('.')[0]}; load it under a new name, or save it again"
             )
         if adapter_name in self.merged_adapters:
             self.unmerge()
@@ -192,7 +205,11 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
         return union, every.new_zeros(len(union)).index_add(0, place, every)
 
     def _values(self, name: str) -> Tensor:
-        values: Tensor = self.sparse_values[name]
+        values: Tensor
+        if name in self.sparse_dora:
+            values = self.sparse_dora[name](self.get_base_layer().weight, self.sparse_positions[name])
+        else:
+            values = self.sparse_values[name]
         return values if self.scaling[name] == 1 else self.scaling[name] * values
 
     def values(self, adapter_name: str) -> Float[Tensor, " nnz"]:

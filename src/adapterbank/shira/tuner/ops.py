@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adapterbank.shira.sampling import sampled_gradient
 
-_WRITING = threading.RLock()
+WRITING = threading.RLock()
 """Held while a weight isn't the base model's: another thread would take the values for it."""
 
 
@@ -24,7 +24,7 @@ def written(weight: Tensor, positions: Tensor, values: Tensor) -> Iterator[None]
     """Add values to a weight's entries, and put back what was there; one thread at a time."""
     flat = weight.data.view(-1)  # .data: a write that's taken back is none to autograd
     index = positions.long()  # scatter_ takes no int32
-    with _WRITING:
+    with WRITING:
         base = flat.index_select(0, index)
         new = (base.float() + values.float()).to(flat.dtype)
         try:  # an interrupt may come right after the first write
