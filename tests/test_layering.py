@@ -29,7 +29,7 @@ class Rule:
 
 EVERYTHING = {
     *("calibration", "peft_scaling", "peft_type", "adapters", "subspace", "codec", "bank", "tuner", "shira"),
-    *("training", "runtime", "serve", "report", "demo", "errors"),
+    *("training", "runtime", "serve", "report", "demo", "errors", "peft_injection"),
 }
 EXTRAS = {"peft", "transformers", "accelerate", "huggingface_hub", "matplotlib", "sklearn", "scipy", "datasets"}
 
@@ -39,6 +39,8 @@ TABLE = {
     "calibration": Rule(parts={"errors"}),
     # what both tuners' layers take on
     "peft_scaling": Rule(),
+    # takes back what couldn't be put in
+    "peft_injection": Rule(parts={"peft_scaling"}),
     # registers our methods with PEFT
     "peft_type": Rule(parts={"errors"}, third={"peft"}),
     "adapters": Rule(
@@ -52,11 +54,21 @@ TABLE = {
     "bank": Rule(parts={"adapters", "subspace", "codec", "errors"}, third={"numpy", "safetensors"}),
     # adapters and codec too: what it trains leaves as an ordinary adapter, and gradient directions are stored packed
     "tuner": Rule(
-        parts={"peft_type", "peft_scaling", "calibration", "bank", "adapters", "subspace", "codec", "errors"},
+        parts={
+            "peft_type",
+            "peft_injection",
+            "peft_scaling",
+            "calibration",
+            "bank",
+            "adapters",
+            "subspace",
+            "codec",
+            "errors",
+        },
         third={"peft", "transformers", "safetensors", "accelerate", "huggingface_hub"},
     ),
     "shira": Rule(
-        parts={"peft_type", "peft_scaling", "calibration", "adapters", "subspace", "errors"},
+        parts={"peft_type", "peft_injection", "peft_scaling", "calibration", "adapters", "subspace", "errors"},
         third={"numpy", "safetensors", "peft", "transformers"},
         lazy={"numba"},
         only_in={"peft": "tuner", "transformers": "tuner", "peft_type": "tuner", "numba": "sampling"},

@@ -598,8 +598,10 @@ def test_what_is_no_linear_layer_is_refused():
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 def test_a_weight_that_another_parameter_is_too_is_refused():
+    base = gpt2()
     with pytest.raises(AdapterBankError, match=r"wte\.weight and lm_head\.weight are one tensor"):
-        get_peft_model(gpt2(), config(target_modules=["c_attn", "lm_head"]))
+        get_peft_model(base, config(target_modules=["c_attn", "lm_head"]))
+    assert not layers(base)
 
 
 def test_weights_of_a_type_that_can_not_be_changed_are_refused():

@@ -2,7 +2,6 @@
 
 import copy
 import operator
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -15,6 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_
 from torch import Tensor, nn
 
 from adapterbank.errors import AdapterBankError, BankError, MissingFileError
+from adapterbank.peft_injection import take_back
 from adapterbank.tuner.base_directions import check_base_directions
 from adapterbank.tuner.basis import ModelBasis, model_basis
 from adapterbank.tuner.config import PREFIX, EigenLoraConfig
@@ -71,8 +71,8 @@ class EigenLoraModel(BaseTuner):
             if starts is not None and basis.bank is not None:
                 start_from(model, basis.bank, basis.modules, adapter_name, starts)
             check_base_directions(config, mine, adapter_name)
-        except Exception:  # of whatever kind: half an adapter would corrupt the next one of its name
-            self._take_back(model, adapter_name)
+        except Exception:  # of whatever kind
+            take_back(model, adapter_name)
             raise
         if state_dict is None:
             self._targets[wish] = (list(mine), config.target_modules)
@@ -104,20 +104,6 @@ class EigenLoraModel(BaseTuner):
 
     def _is_merged(self) -> bool:
         return any(isinstance(m, EigenLoraLayer) and m.merged for m in self.model.modules())
-
-    @staticmethod
-    def _take_back(model: nn.Module, adapter_name: str) -> None:
-        """Undo an injection that failed; layers that were wrapped for it alone are bare again."""
-        for name, layer in list(model.named_modules()):
-            if isinstance(layer, EigenLoraLayer) and adapter_name in layer.r:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # about the adapter that is now active, which is as before
-                    active = [other for other in layer.active_adapters if other != adapter_name]
-                    layer.delete_adapter(adapter_name)
-                    layer._active_adapter = active or layer.active_adapters
-                if not layer.r:
-                    parent, _, child = name.rpartition(".")
-                    setattr(model.get_submodule(parent), child, layer.base_layer)
 
     def _basis(self, config: EigenLoraConfig) -> ModelBasis:
         """Bases of the model's layers for a config, made once for all adapters of one recipe."""

@@ -9,6 +9,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from adapterbank.errors import AdapterBankError
+from adapterbank.peft_injection import take_back
 from adapterbank.shira.tuner.config import PREFIX, ShiraTunerConfig
 from adapterbank.shira.tuner.layer import Linear, SparseLayer
 
@@ -28,11 +29,18 @@ class ShiraTunerModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """See ``BaseTuner.inject_adapter``; the config then says what the adapter changes."""
+        """See ``BaseTuner.inject_adapter``; the config then says what the adapter changes.
+
+        An error leaves the model without the adapter.
+        """
         for layer in model.modules():
             if isinstance(layer, SparseLayer) and layer.merged:
                 layer.unmerge()  # PEFT would do so afterwards, when the mask is chosen already
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except Exception:  # of whatever kind
+            take_back(model, adapter_name)
+            raise
         config: ShiraTunerConfig = self.peft_config[adapter_name]
         if not config.is_saved:
             note(config, model, adapter_name)
