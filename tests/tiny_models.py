@@ -98,7 +98,16 @@ ROWS = {
     "random-basis": {"k": 0, "random_directions": 6},
     "scaled": {"lora_alpha": 8.0, "lora_dropout": 0.1},
 }
-"""Ways to train: rows of the battery."""
+"""Ways to train in a bank."""
+
+SPARSE_ROWS = {
+    "wm": {},
+    "rand": {"mask": "rand", "seed": 3},
+    "struct": {"mask": "struct"},
+    "part": {"part": 1},
+    "dora": {"dora_rank": 3},
+}
+"""Ways to train a sparse adapter."""
 
 
 def eigen(bank, **fields):
@@ -108,18 +117,46 @@ def eigen(bank, **fields):
     return EigenLoraConfig(**{"bank": bank, "r": 4, "k": 8, **fields})
 
 
+def sparse(**fields):
+    """A config of a sparse adapter that is large enough to be seen."""
+    from adapterbank.shira import ShiraTunerConfig
+
+    return ShiraTunerConfig(**{"density": 0.1, **fields})
+
+
+METHODS = {
+    **{f"bank-{name}": lambda bank, row=row, **fields: eigen(bank, **row, **fields) for name, row in ROWS.items()},
+    **{f"sparse-{name}": lambda _, row=row, **fields: sparse(**row, **fields) for name, row in SPARSE_ROWS.items()},
+}
+"""Configs of all ways to train, from a bank and more fields: rows of the battery."""
+
+
+def adapter_layers(model):
+    """Layers that PEFT has put in."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def weights_of(layer, adapter_name="default"):
+    """All parameters of an adapter in a layer, of whatever method."""
+    found = []
+    for container in (getattr(layer, name) for name in layer.adapter_layer_names):
+        if adapter_name in container:
+            item = container[adapter_name]
+            found += list(item.parameters()) if isinstance(item, torch.nn.Module) else [item]
+    return found
+
+
 def perturb(model, adapter_name="default", *, seed=0):
     """Give an adapter weights as if it had been trained."""
-    from adapterbank.tuner.layer import EigenLoraLayer
-
     seeded = torch.Generator().manual_seed(seed)
-    for layer in model.modules():
-        if isinstance(layer, EigenLoraLayer) and adapter_name in layer.r:
-            for weight in layer.weights(adapter_name).values():
-                if weight.is_floating_point():
-                    weight.data += 0.3 * torch.randn(weight.shape, generator=seeded).to(weight)
-                else:
-                    steps = torch.full((len(weight), 1), 0.2).view(torch.uint8)
-                    codes = torch.randint(0, 256, (len(weight), weight.shape[1] - 4), generator=seeded)
-                    weight.data = torch.cat([codes.to(torch.uint8), steps], dim=1)
+    for layer in adapter_layers(model):
+        for weight in weights_of(layer, adapter_name):
+            if weight.is_floating_point():
+                weight.data += 0.3 * torch.randn(weight.shape, generator=seeded).to(weight)
+            else:
+                steps = torch.full((len(weight), 1), 0.2).view(torch.uint8)
+                codes = torch.randint(0, 256, (len(weight), weight.shape[1] - 4), generator=seeded)
+                weight.data = torch.cat([codes.to(torch.uint8), steps], dim=1)
     return model

@@ -31,9 +31,7 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = ("sparse_values", "sparse_dora")
-    other_param_names: tuple[str, ...] = (
-        "sparse_positions", "scaling", "initial_scaling", "expected", "unchecked",
-    )  # fmt: skip
+    other_param_names: tuple[str, ...] = ("sparse_positions", "scaling", "initial_scaling", "unchecked")
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         """Wrap a ``Linear`` or GPT-2's ``Conv1D``.
@@ -58,10 +56,8 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
         self.sparse_positions = BufferDict(persistent=True)
         self.scaling: dict[str, float] = {}
         self.initial_scaling: dict[str, float] = {}
-        self.expected: dict[str, tuple[str, ...] | None] = {}
-        """Saved adapters whose file is still to come, with the fingerprint of their base where it is known."""
         self.unchecked: dict[str, tuple[str, ...] | None] = {}
-        """The same of adapters whose file has come and was not looked at yet."""
+        """Saved adapters that were not looked at yet, with the fingerprint of their base where it is known."""
         self.merged_adapters: list[str] = []
         self._overwritten = BufferDict()
         """What merged adapters have overwritten: buffers, so that it follows the weight to other types and devices."""
@@ -90,7 +86,7 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
             count = _count(config, key, self.shape[0] * self.shape[1])
             self.put_in(adapter_name, torch.zeros(count, dtype=masks.dtype_of(self.shape)))
             found = (config.fingerprints or {}).get(key)
-            self.expected[adapter_name] = None if found is None else read_fingerprint(found)
+            self.unchecked[adapter_name] = None if found is None else read_fingerprint(found)
         elif config.mask in masks.GRADIENT_KINDS:
             self.put_in(adapter_name, torch.zeros(0, dtype=masks.dtype_of(self.shape)))
         else:
@@ -134,7 +130,9 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
             self.unmerge()
         if positions.shape != there.shape:
             self.put_in(adapter_name, torch.zeros_like(positions))
-        self.unchecked[adapter_name] = self.expected.pop(adapter_name, None)
+        if there.any():  # of the config's own file the positions are still zeros
+            self.unchecked.pop(adapter_name, None)
+        self.unchecked.setdefault(adapter_name, None)
 
     def fingerprint(self, adapter_name: str) -> tuple[str, ...]:
         """Of the base weight at an adapter's positions."""
@@ -174,14 +172,14 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
         Raises:
             AdapterError: If no file came, positions don't ascend within the weight, or the base is another model's.
         """
-        if adapter_name in self.expected:
+        if adapter_name not in self.unchecked:
+            return
+        positions, total = self.sparse_positions[adapter_name], self.shape[0] * self.shape[1]
+        if len(positions) > 1 and not positions.any():
             raise AdapterError(
                 f"adapter {adapter_name!r} has the config of a saved one, whose file wasn't loaded; use "
                 "PeftModel.from_pretrained, or a new ShiraTunerConfig for a new adapter"
             )
-        if adapter_name not in self.unchecked:
-            return
-        positions, total = self.sparse_positions[adapter_name], self.shape[0] * self.shape[1]
         inside = not len(positions) or (int(positions[0]) >= 0 and int(positions[-1]) < total)
         if not inside or not bool((positions[1:] > positions[:-1]).all()):
             raise AdapterError(
