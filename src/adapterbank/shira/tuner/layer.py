@@ -128,7 +128,7 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
             )
         if adapter_name in self.merged_adapters:
             self.unmerge()
-        if positions.shape != there.shape:
+        if positions.ndim == 1 and len(positions) != len(there):
             self.put_in(adapter_name, torch.zeros_like(positions))
         if there.any():  # of the config's own file the positions are still zeros
             self.unchecked.pop(adapter_name, None)
