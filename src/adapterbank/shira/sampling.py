@@ -61,9 +61,10 @@ def _gathered(g: Tensor, x: Tensor, positions: Tensor) -> Tensor:
 def _sliced(g: Tensor, x: Tensor, positions: Tensor) -> Tensor:
     found = torch.empty(len(positions), device=g.device)
     wide = x.float()
-    for rows, cut, inside in row_slices((g.shape[1], x.shape[1]), positions):
-        if len(inside):
-            found[cut] = (g[:, rows].T.float() @ wide).view(-1)[inside]
+    with torch.autocast(g.device.type, enabled=False):  # it would multiply in 16 bits
+        for rows, cut, inside in row_slices((g.shape[1], x.shape[1]), positions):
+            if len(inside):
+                found[cut] = (g[:, rows].T.float() @ wide).view(-1)[inside]
     return found
 
 
