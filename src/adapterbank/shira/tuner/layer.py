@@ -15,13 +15,10 @@ from transformers.pytorch_utils import Conv1D
 from adapterbank.errors import AdapterBankError, AdapterError
 from adapterbank.peft_scaling import ScaledAdapters
 from adapterbank.shira import masks
-from adapterbank.shira.delta import check_fingerprint, fingerprint_of, gathered, put_, read_fingerprint
+from adapterbank.shira.delta import FLOATS, check_fingerprint, fingerprint_of, gathered, put_, read_fingerprint
 from adapterbank.shira.tuner.config import ShiraTunerConfig
 from adapterbank.shira.tuner.dora import MaskedDora
 from adapterbank.shira.tuner.ops import sparse_linear
-
-DENSE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""Types of weights that can be changed in place: others hold float8, or quantised values."""
 
 
 class SparseLayer(ScaledAdapters, BaseTunerLayer):
@@ -44,7 +41,7 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
         self.is_conv1d = isinstance(inner, Conv1D)
         if not isinstance(inner, (nn.Linear, Conv1D)) or not isinstance(weight, Tensor):
             raise AdapterBankError(f"{type(inner).__name__} is no linear layer; sparse adapters change those only")
-        if weight.dtype not in DENSE or not weight.is_contiguous():
+        if weight.dtype not in FLOATS or not weight.is_contiguous():
             raise AdapterBankError(
                 f"the weight of {type(inner).__name__} is {weight.dtype} with strides {weight.stride()}: it can't be "
                 "changed in place; load the base model unquantised"
