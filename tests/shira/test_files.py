@@ -8,10 +8,11 @@ from peft import PeftModel, ShiraConfig, SupertuningConfig, get_peft_model
 from safetensors.torch import load_file
 
 from adapterbank.errors import AdapterBankError, AdapterError, MissingFileError
-from adapterbank.shira import files
+from adapterbank.shira import ShiraTunerConfig, files, to_lora
 from adapterbank.shira.delta import SparseDelta
 from damage import spoil
 from sparse import Net, make_delta
+from tiny_models import gpt2, llama
 
 BOTH = ("first.weight", "body.q.weight")
 
@@ -200,3 +201,44 @@ def test_what_is_not_there_and_what_needs_the_base_say_so(tmp_path):
         SparseDelta.load(tmp_path / "theirs")
     with pytest.raises(AdapterError, match=r"the model has no matrix body\.q\.weight"):
         SparseDelta.load(tmp_path / "theirs", model=torch.nn.Linear(2, 2))
+
+
+# --- what live models write ------------------------------------------------------------------------------------------
+
+
+def trained(make, **fields):
+    """A live model with a sparse adapter that has learned something."""
+    model = get_peft_model(make(), ShiraTunerConfig(density=0.1, mask="wm", **fields))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    return model
+
+
+def test_an_adapted_output_layer_is_read_though_peft_saves_its_base_layer_too(tmp_path):
+    model = trained(llama, target_modules=["lm_head", "q_proj"])
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert any(".base_layer." in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    delta = SparseDelta.load(tmp_path)
+    assert not delta.extras and "lm_head.weight" in delta.updates
+
+
+def test_an_adapter_of_gpt_2_says_how_its_layers_are_stored(tmp_path):
+    model = trained(gpt2, target_modules=["c_attn"])
+    model.save_pretrained(tmp_path / "a")
+    delta = SparseDelta.load(tmp_path / "a")
+    lora, _ = to_lora(delta, 32)
+    update = next(iter(delta.updates.values())).dense()
+    torch.testing.assert_close(lora.factors(next(iter(lora.modules))).update(), update.T, rtol=1e-3, atol=1e-4)
+    delta.save(tmp_path / "b")
+    assert SparseDelta.load(tmp_path / "b").config["fan_in_fan_out"]
+
+
+def test_a_dora_in_training_is_told_from_a_sparse_adapter(tmp_path):
+    model = trained(llama, target_modules=["q_proj"], dora_rank=2)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        AdapterError, match=r"a DoRA in training; load it with PeftModel, and take SparseDelta\.from_peft"
+    ):
+        SparseDelta.load(tmp_path)
+    assert SparseDelta.from_peft(model).nnz

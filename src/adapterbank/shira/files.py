@@ -22,7 +22,7 @@ from adapterbank.shira.delta import Model, SparseDelta, SparseUpdate, read_finge
 
 TYPE = "SPARSE_SHIRA"
 """``peft_type`` of our own files."""
-KEPT = ("task_type", "auto_mapping", "revision", "modules_to_save", "fan_in_fan_out")
+KEPT = ("task_type", "auto_mapping", "revision", "modules_to_save", "fan_in_fan_out", "calibration")
 """What a PEFT config says that stays with an adapter, whatever its kind."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -97,10 +97,17 @@ def _sorted(tensors: TensorSource, layout: _Layout, where: str) -> tuple[dict[st
     """Keys of each layer's two tensors, and of what was trained whole."""
     layers, extras = dict[str, dict[str, str]](), dict[str, str]()
     roles = {layout.positions: "positions", layout.values: "values"}
+    adapted = {key.removeprefix(PREFIX).rpartition(".")[0] for key in tensors.entries if key.endswith(layout.values)}
     for key in sorted(tensors.entries):
         layer, _, last = key.removeprefix(PREFIX).rpartition(".")
         if last in roles and layer:
             layers.setdefault(layer, {})[roles[last]] = key
+        elif ".sparse_dora." in key:
+            raise AdapterError(
+                f"{where}: it is a DoRA in training; load it with PeftModel, and take SparseDelta.from_peft of that"
+            )
+        elif layer.endswith(".base_layer") and layer.removesuffix(".base_layer") in adapted:
+            continue  # PEFT saves the base layer of an adapted lm_head too
         elif last.startswith(("sparse_", "shira_", "supertuning_")) or "supertuning_lora" in key:
             raise AdapterError(
                 f"{where}: {key} is no part of a plain sparse adapter (Super-Tuning with r= also has a LoRA); train "

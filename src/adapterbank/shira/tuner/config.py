@@ -30,8 +30,8 @@ class ShiraTunerConfig(PeftConfig):
     """Which weights: ``wm`` (largest), ``rand``, ``struct`` (rows and the diagonal), or ``grad`` and ``snip``, by the
     task's gradient: for these call ``calibrate(model, batches)`` before training. See ``adapterbank.shira.masks``."""
     part: int = 0
-    """Of ``wm``, ``grad`` and ``snip``: 0 for the largest, 1 for the next as many. Adapters of different parts share
-    nothing."""
+    """Of ``wm``, ``grad`` and ``snip``: 0 for the largest, 1 for the next as many. Adapters of different parts of
+    ``wm`` share nothing."""
     offset: int = 0
     """Of ``struct``: the first row. Adapters of different offsets share the diagonal only."""
     seed: int = 0
@@ -54,6 +54,8 @@ class ShiraTunerConfig(PeftConfig):
     """Set on use: of the base model's weights at the positions, see ``adapterbank.shira.delta.fingerprint_of``."""
     calibration: dict[str, Any] | None = None
     """Set by ``calibrate``: ``how`` gradients were summed, and over how many ``batches``."""
+    fan_in_fan_out: bool = False
+    """Set on use: the layers store their weight as ``(d_in, d_out)``, as GPT-2's Conv1D does."""
     is_saved: bool = False
     """Set in files: the positions are in the file."""
 

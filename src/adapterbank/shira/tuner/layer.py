@@ -91,11 +91,11 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _chosen(self, config: ShiraTunerConfig, key: str) -> Tensor:
-        if config.mask == "struct":
-            return masks.struct(self.shape, config.density, offset=config.offset)
-        if config.mask == "rand":
-            return masks.rand(self.shape, config.density, seed=config.seed, name=key)
-        return masks.wm(self.get_base_layer().weight, config.density, part=config.part)
+        weight = self.get_base_layer().weight
+        seed = config.seed if config.mask == "rand" else 0
+        return masks.choose(
+            config.mask, weight, config.density, part=config.part, offset=config.offset, seed=seed, name=key
+        )
 
     def put_in(self, adapter_name: str, positions: Tensor) -> None:
         """Give an adapter its positions, and values of zero; a DoRA stays."""

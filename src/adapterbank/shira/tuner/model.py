@@ -101,10 +101,11 @@ def layers_of(model: nn.Module, adapter_name: str) -> dict[str, SparseLayer]:
 
 
 def note(config: ShiraTunerConfig, model: nn.Module, adapter_name: str) -> None:
-    """Write into a config what its adapter changes: counts, shapes, fingerprints."""
+    """Write into a config what its adapter changes: counts, shapes, orientation, fingerprints."""
     layers: Any = layers_of(model, adapter_name)
     config.counts = {name: len(layer.sparse_positions[adapter_name]) for name, layer in layers.items()}
     config.shapes = {name: list(layer.shape) for name, layer in layers.items()}
+    config.fan_in_fan_out = any(layer.is_conv1d for layer in layers.values())
     config.fingerprints = {name: list(layer.fingerprint(adapter_name)) for name, layer in layers.items()}
 
 
