@@ -2,11 +2,15 @@
 
 import threading
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from adapterbank.adapters import LoraAdapter
 from adapterbank.bank import Bank
@@ -293,3 +297,59 @@ def test_another_thread_waits_for_the_block_to_end(bank):
     for thread in threads:
         thread.join()
     assert all(torch.equal(one, expected[name]) for name, several in found.items() for one in several)
+
+
+# --- models of every kind ---------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_model_serves_other_rows_without_compiling_again(bank, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # its checks can't be traced
+    model, batch = llama(), inputs_of("llama")
+    engine = AdapterEngine(model, bank)
+    counted = CompileCounter()
+    compiled = torch.compile(model, backend=counted)
+    for rows in (["a0", "a1", "a2", "a3"], ["a3", "a3", "a4", "a0"], ["a1"] * 4):
+        with engine.adapters(rows):
+            expected = logits(model, batch)
+            torch.testing.assert_close(logits(compiled, batch), expected, rtol=1e-5, atol=1e-6)
+    assert counted.frame_count == 1
+    torch.testing.assert_close(logits(compiled, batch), logits(llama(), batch), rtol=1e-5, atol=1e-6)
+
+
+def test_quantised_layers_are_called_and_never_read(bank, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    llama().save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    served, plain = (
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config).eval() for _ in range(2)
+    )
+    batch = inputs_of("llama")
+    engine, base = AdapterEngine(served, bank), logits(plain, batch)
+    with engine.adapters(["a0", None, "a1", "a1"]):
+        found = logits(served, batch)
+    assert torch.equal(found[1], base[1])
+    whole = AdapterEngine(llama(), bank)
+    with whole.adapters(["a0", None, "a1", "a1"]):
+        expected = logits(whole.model, batch)
+    # the quantisation's own error is that of the base model
+    error = float((base - logits(llama(), batch)).abs().max())
+    assert float((found - expected).abs().max()) < 5 * error
+    with pytest.raises(BankError, match="is quantised, so nothing can be merged into it"), engine.merged("a0"):
+        pass
+
+
+def test_a_plain_module_of_linear_layers_is_served():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 10))
+    members = [
+        LoraAdapter.from_factors(f"a{i}", {"0": factors(20, 30, 2, i), "2": factors(30, 10, 2, 10 + i)})
+        for i in range(3)
+    ]
+    bank, x = Bank.fit(members, max_error=0.05), torch.randn(3, 20)
+    engine, base = AdapterEngine(model, bank), model(x)
+    with engine.adapters(["a2", None, "a0"]):
+        found = model(x)
+    assert torch.equal(found[1], base[1])
+    for row, name in ((0, "a2"), (2, "a0")):
+        with engine.merged(name):
+            torch.testing.assert_close(found[row], model(x)[row], rtol=1e-4, atol=1e-5)
