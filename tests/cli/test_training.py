@@ -117,8 +117,8 @@ def test_shira_train_writes_a_sparse_adapter(run, object_of, refused, home, tmp_
     # 4 modules of 32 x 32, and a head of 32 x 2 + 2
     assert (found["trained"], found["head"]) == (4 * 102 + 66, 66) and len(found["epochs"]) == 3
     told = object_of("shira", "info", tmp_path / "law")
-    assert (told["mask"], told["values"], told["knows_its_base"]) == ("snip", 408, True)
-    shown = run(*words, "-o", tmp_path / "news", "--mask", "wm", "--part", 1, "--epochs", 1)
+    assert (told["mask"], told["values"], told["knows_its_base"]) == ("wm", 408, True)
+    shown = run(*words, "-o", tmp_path / "news", "--mask", "snip", "--part", 1, "--epochs", 1)
     assert shown.exit_code == 0 and "Task" in shown.stdout and shown.stderr == ""
     line = refused(*words, "-o", tmp_path / "tax", "--mask", "rand", "--part", 1)
     assert "part=1: only wm, grad and snip have parts" in line and not (tmp_path / "tax").exists()

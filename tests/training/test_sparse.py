@@ -51,7 +51,7 @@ def test_the_file_is_a_sparse_adapter_in_16_bits_that_names_no_folder(bert, tmp_
     config = (tmp_path / "out" / "adapter_config.json").read_text()
     assert str(bert) not in config and str(tmp_path) not in config
     delta = SparseDelta.load(tmp_path / "out")
-    assert (delta.mask, delta.nnz) == ("snip", 4 * 102)
+    assert (delta.mask, delta.nnz) == ("wm", 4 * 102)
     assert all(update.values.element_size() == 2 for update in delta.updates.values())
     delta.apply_(base_of(bert))  # whose fingerprint it knows
 

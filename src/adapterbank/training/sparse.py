@@ -28,7 +28,7 @@ class SparseSettings(Settings):
 
     density: float = 0.01
     """Share of each layer's weights that is trained."""
-    mask: str = "snip"
+    mask: str = "wm"
     """Which weights; see ``ShiraTunerConfig``, as for the two below."""
     part: int = 0
     offset: int = 0
