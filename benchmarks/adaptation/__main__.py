@@ -10,7 +10,10 @@ from rich.console import Console
 
 from benchmarks.adaptation.quick import rerun
 from benchmarks.adaptation.runs import run_all
-from benchmarks.adaptation.study import PARTS
+from benchmarks.adaptation.sparse.study import PARTS as SPARSE_PARTS
+from benchmarks.adaptation.study import PARTS as BANK_PARTS
+
+PARTS = {**BANK_PARTS, **SPARSE_PARTS}
 
 
 def main() -> None:

@@ -11,6 +11,8 @@ import peft
 import torch
 from torch import nn
 
+from adapterbank.shira import ShiraTunerConfig, calibrate
+from adapterbank.shira.masks import GRADIENT_KINDS
 from adapterbank.tuner import EigenLoraConfig, augment, init_lora, nearest, optimizer_groups, start_at
 from benchmarks.adaptation.subject import Batch, Split, Subject
 
@@ -23,8 +25,8 @@ class Method:
 
     name: str
     kind: str
-    """``head``: nothing but the head; ``bank``: ours; ``analytic``: the task's own LoRA, projected; or the name of one
-    of PEFT's configs."""
+    """``head``: nothing but the head; ``bank`` and ``sparse``: ours; ``analytic``: the task's own LoRA, projected; or the
+    name of one of PEFT's configs."""
     lr: float
     """Of all but the head."""
     head_lr: float = 1e-2
@@ -53,6 +55,8 @@ def build(
     if method.kind == "head":
         return _head_alone(subject, base, method.lr)
     heads = {"modules_to_save": list(subject.head)} if subject.head else {}
+    if method.kind == "sparse":
+        return _sparse(method, subject, split, base, heads, seed)
     if method.kind != "bank":
         config = getattr(peft, method.kind)(target_modules=list(subject.targets), **heads, **method.config)
         model = peft.get_peft_model(base, config)
@@ -68,6 +72,17 @@ def build(
         best = list(islice(scores, method.start["nearest"]))
         start_at(model, bank, dict.fromkeys(best, method.start["weight"] / len(best)))
     return model, optimizer_groups(model, method.lr, head_lr=method.head_lr)
+
+
+def _sparse(
+    method: Method, subject: Subject, split: Split, base: nn.Module, heads: dict[str, Any], seed: int
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    fields = {"seed": seed, **method.config}  # a random mask of its own for each seed
+    config = ShiraTunerConfig(target_modules=list(subject.targets), **heads, **fields)
+    model = peft.get_peft_model(base, config)
+    if config.mask in GRADIENT_KINDS:
+        calibrate(model, _batches(subject, split, seed))
+    return model, _groups(subject, model, method)
 
 
 def _batches(subject: Subject, split: Split, seed: int) -> list[Batch]:

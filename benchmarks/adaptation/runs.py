@@ -10,15 +10,16 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import Field, asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from safetensors.torch import load_file
 from transformers.utils import logging
 
+from adapterbank.demo.assets import cache_dir, place
 from benchmarks.adaptation.analytic import projected
 from benchmarks.adaptation.joining import joined
 from benchmarks.adaptation.methods import Method, build, is_head
@@ -32,9 +33,43 @@ from benchmarks.record import commit, machine, rounded
 PACKAGES = ("torch", "peft", "transformers", "numpy")
 
 
+class Job(Protocol):
+    """What is done once for one line of the results: a dataclass; equal fields, same result."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def part(self) -> str:
+        """The file that it belongs to."""
+        ...
+
+    @property
+    def key(self) -> str:
+        """Hash of all fields."""
+        ...
+
+    def execute(self) -> dict[str, Any]:
+        """What a line of the results holds."""
+        ...
+
+    def told(self, result: dict[str, Any]) -> str:
+        """The result in a few words."""
+        ...
+
+
+LATER = ("join", "keep")
+"""Fields that the first lines know nothing of."""
+
+
+def key_of(fields: dict[str, Any]) -> str:
+    """Hash of a job's fields."""
+    known = {name: value for name, value in fields.items() if value or name not in LATER}
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Equal fields, same result."""
+    """A ``Job``: train one method on one task."""
 
     part: str
     """The file that it belongs to."""
@@ -49,53 +84,72 @@ class Run:
     join: tuple[float, ...] = ()
     """Errors within which the result joins the bank, to be tested again."""
 
+    keep: bool = False
+    """The adapter stays in the cache for what else is asked of it; its validation loss is taken at the end only."""
+
     @property
     def key(self) -> str:
-        """Hash of all fields."""
-        fields = asdict(self)
-        if not self.join:
-            del fields["join"]  # the first lines know nothing of it
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+        """See ``Job``."""
+        return key_of(asdict(self))
+
+    @property
+    def folder(self) -> Path:
+        """Where the adapter lies in the cache, if it is kept."""
+        return cache_dir() / "adaptation" / self.subject / f"kept-{self.key}"
+
+    def adapter(self) -> Path:
+        """PEFT directory of the adapter that is kept, trained if it isn't there."""
+        if not self.folder.exists():
+            self.execute()
+        return self.folder
+
+    def execute(self) -> dict[str, Any]:
+        """Train, test, measure."""
+        start = time.process_time()
+        subject = SUBJECTS[self.subject]
+        split = subject.split(self.task, train=self.examples, seed=self.seed)
+        bank = self.sources.bank() if self.sources is not None else None
+        began = time.process_time()
+        if self.method.kind == "analytic":
+            assert self.sources is not None and bank is not None
+            adapter = Source(subject=self.subject, task=self.task, family=self.sources.family).train()
+            model, groups = projected(subject, split, adapter, bank, self.method.config["k"]), []
+        else:
+            model, groups = build(self.method, subject, split, bank, seed=self.seed)
+        build_seconds = time.process_time() - began
+        recipe = Recipe(steps=self.steps, seed=self.seed, evaluate=(1.0,) if self.keep else Recipe.evaluate)
+        done = train(subject, model, groups, split.train, split.validation, recipe)
+        if self.keep:
+            _keep(model, self.folder)
+        test_loss, right = evaluate(subject, model, split.test)
+        return {
+            "accuracy": float(right.double().mean()),
+            "test_loss": test_loss,
+            "test_examples": len(split.test),
+            "validation": [list(point) for point in done.validation],
+            # means of tenths of the run: single steps are noise
+            "train_loss": [sum(part) / len(part) for part in _tenths(done.train_loss)],
+            "trained": _trained(subject, model),
+            "stored_bytes": _stored_bytes(subject, model),
+            **({"joined": joined(subject, split, model, bank, self.join)} if bank is not None and self.join else {}),
+            "step_seconds": done.step_seconds,
+            "build_seconds": build_seconds,
+            "cpu_seconds": time.process_time() - start,
+        }
+
+    def told(self, result: dict[str, Any]) -> str:
+        """See ``Job``."""
+        return (
+            f"{self.task} {self.method.name} lr {self.method.lr:g} seed {self.seed}: {result['accuracy']:.3f}, "
+            f"validation {result['validation'][-1][1]:.3f}"
+        )
 
 
-def _start() -> None:
-    """In each worker."""
-    torch.set_num_threads(1)
-    # PEFT 0.21 still asks transformers 5 for a name that it renamed
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    logging.disable_progress_bar()
-
-
-def execute(run: Run) -> dict[str, Any]:
-    """Train, test, measure: what a line of the results holds."""
-    start = time.process_time()
-    subject = SUBJECTS[run.subject]
-    split = subject.split(run.task, train=run.examples, seed=run.seed)
-    bank = run.sources.bank() if run.sources is not None else None
-    began = time.process_time()
-    if run.method.kind == "analytic":
-        assert run.sources is not None and bank is not None
-        adapter = Source(subject=run.subject, task=run.task, family=run.sources.family).train()
-        model, groups = projected(subject, split, adapter, bank, run.method.config["k"]), []
-    else:
-        model, groups = build(run.method, subject, split, bank, seed=run.seed)
-    build_seconds = time.process_time() - began
-    done = train(subject, model, groups, split.train, split.validation, Recipe(steps=run.steps, seed=run.seed))
-    test_loss, right = evaluate(subject, model, split.test)
-    return {
-        "accuracy": float(right.double().mean()),
-        "test_loss": test_loss,
-        "test_examples": len(split.test),
-        "validation": [list(point) for point in done.validation],
-        # means of tenths of the run: single steps are noise
-        "train_loss": [sum(part) / len(part) for part in _tenths(done.train_loss)],
-        "trained": _trained(subject, model),
-        "stored_bytes": _stored_bytes(subject, model),
-        **({"joined": joined(subject, split, model, bank, run.join)} if bank is not None and run.join else {}),
-        "step_seconds": done.step_seconds,
-        "build_seconds": build_seconds,
-        "cpu_seconds": time.process_time() - start,
-    }
+def _keep(model: Any, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        model.save_pretrained(Path(scratch) / "adapter", save_embedding_layers=False)
+        place(Path(scratch) / "adapter", folder)
 
 
 def _tenths(losses: Sequence[float]) -> Iterable[Sequence[float]]:
@@ -117,7 +171,7 @@ def _stored_bytes(subject: Subject, model: Any) -> int:
     return sum(t.nbytes for name, t in tensors.items() if not is_head(subject, name))
 
 
-def run_all(runs: Sequence[Run], *, workers: int, told: Callable[[str], None]) -> int:
+def run_all(runs: Sequence[Job], *, workers: int, told: Callable[[str], None]) -> int:
     """Execute what has no line yet and write each line as it comes; how many there were."""
     have = {part: load_results(part) for part in {run.part for run in runs}}
     wanted = list({run.key: run for run in runs if run.key not in have[run.part]}.values())
@@ -126,21 +180,28 @@ def run_all(runs: Sequence[Run], *, workers: int, told: Callable[[str], None]) -
     for i, (run, result) in enumerate(executed(wanted, workers=workers, told=told), 1):
         append({"key": run.key, **asdict(run), "result": rounded(result), "about": about()})
         told(
-            f"{i}/{len(wanted)} {time.perf_counter() - start:.0f} s: {run.part} {run.task} {run.method.name} "
-            f"lr {run.method.lr:g} seed {run.seed}: {result['accuracy']:.3f}, "
-            f"validation {result['validation'][-1][1]:.3f}, {result['cpu_seconds']:.0f} CPU s"
+            f"{i}/{len(wanted)} {time.perf_counter() - start:.0f} s: {run.part} {run.told(result)}, "
+            f"{result['cpu_seconds']:.0f} CPU s"
         )
     return len(wanted)
 
 
-def executed(runs: Sequence[Run], *, workers: int, told: Callable[[str], None]) -> Iterator[tuple[Run, dict[str, Any]]]:
+def executed(runs: Sequence[Job], *, workers: int, told: Callable[[str], None]) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Every run with its result as it comes, ``workers`` at a time."""
     # spawn: torch's thread pool doesn't survive a fork
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start) as pool:
-        _prepare(runs, pool, told)
-        futures = {pool.submit(execute, run): run for run in runs}
+        _prepare([run for run in runs if isinstance(run, Run)], pool, told)
+        futures = {pool.submit(run.execute): run for run in runs}
         for future in as_completed(futures):
             yield futures[future], future.result()
+
+
+def _start() -> None:
+    """In each worker."""
+    torch.set_num_threads(1)
+    # PEFT 0.21 still asks transformers 5 for a name that it renamed
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    logging.disable_progress_bar()
 
 
 def _prepare(wanted: Sequence[Run], pool: ProcessPoolExecutor, told: Callable[[str], None]) -> None:

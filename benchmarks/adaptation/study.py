@@ -167,11 +167,13 @@ def runs(
                 )
 
 
-def rates(part: str, setting: Setting, methods: Sequence[Method], *, heads: bool = True) -> Iterator[Run]:
+def rates(
+    part: str, setting: Setting, methods: Sequence[Method], *, heads: bool = True, **fields: Any
+) -> Iterator[Run]:
     """The runs that choose a method's rates, or with ``heads=False`` only its own, as far as results tell which."""
     for method in {method.name: method for method in methods}.values():
         tried = [replace(method, lr=lr, head_lr=head_lr) for lr, head_lr in grid(setting, method, heads=heads)]
-        yield from runs(part, setting, tried, setting.choosing, seeds=FIRST)
+        yield from runs(part, setting, tried, setting.choosing, seeds=FIRST, **fields)
 
 
 def grid(setting: Setting, method: Method, *, heads: bool = True) -> list[Rates]:
@@ -204,7 +206,8 @@ def mean_losses(setting: Setting, name: str) -> dict[Rates, float]:
     """Mean final validation loss of a method at each pair of rates that was tried on all tasks that choose."""
     found: dict[Rates, list[float]] = {}
     for line in (line for part in setting.rates for line in load_results(part).values()):
-        if line["method"]["name"] == name:
+        tried = line["task"] in setting.choosing and line["seed"] in FIRST
+        if line["method"]["name"] == name and tried:
             pair = line["method"]["lr"], line["method"]["head_lr"]
             found.setdefault(pair, []).append(line["result"]["validation"][-1][1])
     return {pair: sum(losses) / len(losses) for pair, losses in found.items() if len(losses) == len(setting.choosing)}
