@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.adaptation.sparse.page import sections as on_real_tasks
 from benchmarks.markdown import table, targets
 
 Result = dict[str, Any]
@@ -16,7 +17,7 @@ def page(results: dict[str, Result]) -> list[str]:
         parts += _step(results["sparse-step"])
     if "sparse-switch" in results:
         parts += _switch(results["sparse-switch"])
-    return parts
+    return [*parts, *on_real_tasks()]
 
 
 def _step(result: Result) -> list[str]:

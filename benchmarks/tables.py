@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.adaptation.page import brief as adaptation_brief
 from benchmarks.adaptation.page import page as adaptation_page
 from benchmarks.adaptation.plots import draw as draw_adaptation
+from benchmarks.adaptation.sparse.plots import draw as draw_sparse
 from benchmarks.markdown import table, targets
 from benchmarks.pictures import PICTURES, draw_rate_distortion, draw_switching
 from benchmarks.record import read_results
@@ -49,6 +50,7 @@ def write() -> None:
     if "sparse-switch" in results:
         draw_switching(by_density_and_width(results["sparse-switch"]["rows"]), PICTURES / "sparse-switch.svg")
     draw_adaptation(PICTURES)
+    draw_sparse(PICTURES)
 
 
 def pages(results: dict[str, Result]) -> dict[Path, str]:

@@ -25,8 +25,8 @@ class Method:
 
     name: str
     kind: str
-    """``head``: nothing but the head; ``bank`` and ``sparse``: ours; ``analytic``: the task's own LoRA, projected; or the
-    name of one of PEFT's configs."""
+    """``head``: nothing but the head; ``bank`` and ``sparse``: ours; ``analytic``: the task's own LoRA, projected; or
+    the name of one of PEFT's configs."""
     lr: float
     """Of all but the head."""
     head_lr: float = 1e-2

@@ -50,7 +50,7 @@ def _convergence(main: Part, path: Path) -> None:
     axes = figure.subplots(2, 3).flat
     shown = {**RIVALS, best_variant(main): (BANK, "-")}
     for axis, task in zip(axes, main.tasks, strict=False):
-        _frame(axis)
+        frame(axis)
         for name, (color, dashes) in shown.items():
             points = main.curve(name, task) if name in main.cells else []
             axis.plot(
@@ -71,7 +71,7 @@ def _accuracies(main: Part, path: Path) -> None:
     names = sorted(main.cells, key=main.mean)
     figure = Figure(figsize=(8.4, 4.4), layout="constrained")
     axis = figure.subplots()
-    _frame(axis)
+    frame(axis)
     axis.axvline(main.mean(LORA), color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
     for place, name in enumerate(names):
         color = BANK if name in OURS else INK
@@ -91,7 +91,7 @@ def _bases(path: Path) -> None:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     axes = dict(zip(BASES, figure.subplots(1, 3), strict=True))
     for name, axis in axes.items():
-        _frame(axis)
+        frame(axis)
         axis.set_xlabel(BASES[name], color=INK, fontsize=9)
         part = Part.read(name)
         for kind in KINDS if name == "directions" else KINDS[:1]:
@@ -108,7 +108,8 @@ def _count(method: str) -> int:
     return int(re.findall(r"\d+", method)[0])
 
 
-def _frame(axis: "Axes") -> None:
+def frame(axis: "Axes") -> None:
+    """Quiet axes, the same in every picture."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color(MUTED)
     axis.tick_params(colors=INK, labelsize=8.5, length=3)

@@ -3,6 +3,9 @@ import json
 import pytest
 from benchmarks.adaptation import analysis, results
 from benchmarks.adaptation.analysis import Part, paired, reached
+from benchmarks.adaptation.methods import Method
+from benchmarks.adaptation.runs import Run
+from benchmarks.adaptation.sources import Recycled
 
 CURVE = [(0.0, 1.0), (0.5, 0.6), (1.0, 0.4)]
 
@@ -60,3 +63,12 @@ def test_lines_are_read_as_they_were_written(part):
     assert json.loads((results.RESULTS / "p.jsonl").read_text().splitlines()[0])["part"] == "p"
     assert results.load_results("none") == {}
     assert analysis.standard_error([1.0]) == 0.0
+
+
+def test_a_committed_line_is_found_by_its_run():
+    # fields that came later must not change the keys of what was run before
+    for line in results.load_results("main").values():
+        known = {name: line[name] for name in ("part", "subject", "task", "seed", "examples", "steps")}
+        bank = line["sources"] and Recycled(**line["sources"])
+        run = Run(method=Method(**line["method"]), sources=bank, join=tuple(line.get("join", ())), **known)
+        assert run.key == line["key"]
