@@ -83,7 +83,6 @@ class Run:
     steps: int = 80
     join: tuple[float, ...] = ()
     """Errors within which the result joins the bank, to be tested again."""
-
     keep: bool = False
     """The adapter stays in the cache for what else is asked of it; its validation loss is taken at the end only."""
 
