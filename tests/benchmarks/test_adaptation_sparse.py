@@ -76,7 +76,7 @@ def test_the_page_has_a_section_for_each_question():
 
 
 def _measured(seed):
-    return {"accuracy": 0.8 + 0.01 * seed, "trained": 10, "validation": [[80, 0.5, 0.7]]}
+    return {"accuracy": 0.8 + 0.01 * seed, "test_loss": 0.5, "trained": 10, "validation": [[80, 0.5, 0.7]]}
 
 
 def test_there_is_no_section_without_results():
