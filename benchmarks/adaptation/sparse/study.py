@@ -29,9 +29,9 @@ MASKS = tuple(sparse(mask, mask) for mask in ("struct", "rand", "wm", "grad", "s
 BY_NAME = {method.name: method for method in MASKS}
 COMPARED = (EQUAL, *MASKS)
 OWN: Mapping[str, Callable[[int, int], dict[str, Any]]] = {
-    "rand": lambda place, seed: {"seed": seed + 10 * place},
     "wm": lambda place, seed: {"part": place},
     "struct": lambda place, seed: {"offset": place},
+    "rand": lambda place, seed: {"seed": seed + 10 * place},
 }
 """By mask, what gives the task at a place, trained with a seed, positions of its own; the first keeps the mask's."""
 
@@ -44,13 +44,16 @@ def _masks() -> Iterator[Run]:
 
 
 def _fusions() -> Iterator[Job]:
-    """The seeds outside: a first look comes early."""
+    """First what needs no more adapters than the masks' table has trained."""
     chosen = {method.name: method for method in tuned(SETTING, COMPARED)}
-    for seed in SEEDS:
-        for name, method in chosen.items():
+    for name, method in chosen.items():
+        for seed in SEEDS:
             yield _fusion(f"{name}, one mask" if name in OWN else name, [method] * len(TASKS), seed)
-            if name in OWN:
-                yield _fusion(f"{name}, own masks", [_own(method, place, seed) for place in range(len(TASKS))], seed)
+    for name in OWN:
+        for seed in SEEDS:
+            own = [_own(chosen[name], place, seed) for place in range(len(TASKS))]
+            yield _fusion(f"{name}, own masks", own, seed)
+    for seed in SEEDS:
         yield _fusion(LORA.name, tuned(TEXTS, [LORA]) * len(TASKS), seed)
 
 
