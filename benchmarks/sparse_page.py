@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.adaptation.sparse.page import sections as on_real_tasks
 from benchmarks.markdown import table, targets
 
 Result = dict[str, Any]
@@ -17,7 +16,7 @@ def page(results: dict[str, Result]) -> list[str]:
         parts += _step(results["sparse-step"])
     if "sparse-switch" in results:
         parts += _switch(results["sparse-switch"])
-    return [*parts, *on_real_tasks()]
+    return parts
 
 
 def _step(result: Result) -> list[str]:

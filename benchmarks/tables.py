@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.adaptation.page import brief as adaptation_brief
 from benchmarks.adaptation.page import page as adaptation_page
 from benchmarks.adaptation.plots import draw as draw_adaptation
+from benchmarks.adaptation.sparse.page import sections as sparse_on_real_tasks
 from benchmarks.adaptation.sparse.plots import draw as draw_sparse
 from benchmarks.markdown import table, targets
 from benchmarks.pictures import PICTURES, draw_rate_distortion, draw_switching
@@ -334,7 +335,7 @@ def _contraction_section(result: Result) -> list[str]:
 
 def _sparse_page(results: dict[str, Result]) -> list[str]:
     shown = [results[name] for name in ("sparse-step", "sparse-switch") if name in results]
-    return [*sparse_page(results), *(_about(result) for result in shown)]
+    return [*sparse_page(results), *(_about(result) for result in shown), *sparse_on_real_tasks()]
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------

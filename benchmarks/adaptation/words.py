@@ -1,9 +1,9 @@
 """How the study's figures are written."""
 
-from collections.abc import Sequence
-from statistics import median
+from collections.abc import Mapping, Sequence
+from statistics import mean, median, stdev
 
-from benchmarks.adaptation.analysis import Paired
+from benchmarks.adaptation.analysis import Cell, Paired
 
 
 def signed(difference: Paired) -> str:
@@ -31,3 +31,30 @@ def kilobytes(count: float) -> str:
 def rates(lr: float, head_lr: float) -> str:
     """``0.01, 0.003``."""
     return f"{lr:.2g}, {head_lr:.2g}"
+
+
+def with_spread(values: Mapping[Cell, float], digits: int) -> str:
+    """Mean over cells, and the standard deviation of the seeds' means."""
+    seeds = sorted({seed for _, seed in values})
+    means = [mean(value for (_, s), value in values.items() if s == seed) for seed in seeds]
+    spread = f" ± {stdev(means):.{digits}f}" if len(means) > 1 else ""
+    return f"{mean(values.values()):.{digits}f}{spread}"
+
+
+def told_apart(gaps: Mapping[str, Paired]) -> str:
+    """Which differences are larger than two standard errors."""
+    lower = [name for name, gap in gaps.items() if gap.mean < -2 * gap.error]
+    higher = [name for name, gap in gaps.items() if gap.mean > 2 * gap.error]
+    near = [name for name in gaps if name not in (*lower, *higher)]
+    said = [
+        f"lower by more than two standard errors for {listed(lower)}" if lower else "",
+        f"higher by more than two standard errors for {listed(higher)}" if higher else "",
+        f"within two standard errors for {listed(near)}" if near else "",
+    ]
+    return "; ".join(filter(None, said))
+
+
+def listed(names: Sequence[str]) -> str:
+    """``*a*, *b* and *c*``."""
+    marked = [f"*{name}*" for name in names]
+    return " and ".join((", ".join(marked[:-1]), marked[-1]) if len(marked) > 1 else marked)

@@ -1,7 +1,8 @@
 import pytest
 from benchmarks.adaptation import results
 from benchmarks.adaptation.sparse import page
-from benchmarks.adaptation.sparse.page import Fused, fusions, sections
+from benchmarks.adaptation.sparse.fused import Fused, fusions
+from benchmarks.adaptation.sparse.page import sections
 
 TASKS = ("intent", "tweets")
 

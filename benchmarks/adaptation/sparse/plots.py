@@ -4,7 +4,7 @@ from pathlib import Path
 
 from benchmarks.adaptation.plots import frame
 from benchmarks.adaptation.results import Line, load_results
-from benchmarks.pictures import BANK, INK
+from benchmarks.pictures import BANK, INK, MUTED
 
 STYLES = {
     "LoRA r=2": (INK, "-"),
@@ -27,19 +27,19 @@ def draw(folder: Path) -> None:
 
 
 def draw_strength(lines: list[Line], path: Path) -> None:
-    """A column a task, a line a method."""
+    """A row a task, a line a method."""
     import matplotlib
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["svg.hashsalt"] = "adapterbank"  # the same file from the same numbers
     tasks = list(dict.fromkeys(line["adapter"]["task"] for line in lines))
-    figure = Figure(figsize=(3 * len(tasks), 5.2), layout="constrained")
-    grid = figure.subplots(len(SHOWN), len(tasks), squeeze=False, sharex=True)
-    for task, column in zip(tasks, grid.T, strict=True):
-        column[0].set_title(task, loc="left", color=INK, fontsize=10)
-        for (field, label), axis in zip(SHOWN.items(), column, strict=True):
+    figure = Figure(figsize=(8.4, 0.6 + 2.4 * len(tasks)), layout="constrained")
+    grid = figure.subplots(len(tasks), len(SHOWN), squeeze=False, sharex=True)
+    for task, row in zip(tasks, grid, strict=True):
+        for (field, label), axis in zip(SHOWN.items(), row, strict=True):
             frame(axis)
-            axis.axvline(1.0, color="#cbd5e1", linewidth=1)
+            axis.axvline(1.0, color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
+            axis.set_title(f"{task}, {label}", loc="left", color=INK, fontsize=10)
             for line in (line for line in lines if line["adapter"]["task"] == task):
                 name, points = line["adapter"]["method"]["name"], line["result"]["points"]
                 color, dashes = STYLES[name]
@@ -47,8 +47,6 @@ def draw_strength(lines: list[Line], path: Path) -> None:
                     [point["alpha"] for point in points], [point[field] for point in points],
                     color=color, linestyle=dashes, linewidth=1.6, label=name,
                 )  # fmt: skip
-            if task == tasks[0]:
-                axis.set_ylabel(label, color=INK, fontsize=9)
     figure.supxlabel("alpha", color=INK, fontsize=10)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=9)
