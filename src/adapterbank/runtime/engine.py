@@ -15,9 +15,10 @@ from adapterbank.adapters import LoraAdapter
 from adapterbank.adapters.names import check_name, match_modules
 from adapterbank.bank import Bank
 from adapterbank.errors import BankError, UnknownNameError
+from adapterbank.runtime.batch import rows_of
 from adapterbank.runtime.heads import ServedHead, State
 from adapterbank.runtime.layer import COMPUTE, ServedLayer
-from adapterbank.runtime.members import LayerBasis, Member, directions, split
+from adapterbank.runtime.members import LayerBasis, Member, Splitter, directions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,7 @@ class AdapterEngine:
         bases = {layer: LayerBasis.of(basis.modules[module]) for module, layer in self._names.items()}
         dtype = next((p.dtype for p in model.parameters() if p.dtype in COMPUTE), torch.float32)
         self._layers = {name: ServedLayer(model.get_submodule(name), bases[name], dtype, crossover) for name in bases}
+        self._splitter = Splitter(bases, bits)
         self._heads: dict[str, ServedHead] = {}
         self._added: dict[str, Member] = {}
         """Members that are not in the bank."""
@@ -111,7 +113,7 @@ class AdapterEngine:
         name = check_name(name or loaded.name)
         if name in self.names:
             raise BankError(f"there is a member {name!r} already; remove it, or give another name")
-        self._added[name] = self._split(loaded)
+        self._added[name] = self._splitter.split(loaded)
 
     def remove(self, name: str) -> None:
         """Forget a member that was added here; one of the bank goes with ``Bank.remove``, and here from memory.
@@ -145,15 +147,10 @@ class AdapterEngine:
         if name not in self._read:
             if name not in self.bank:
                 raise UnknownNameError(f"there is no member {name!r}; the bank has {len(self.bank)}")
-            self._read[name] = self._split(self.bank.reconstruct(name))
+            self._read[name] = self._splitter.split(self.bank.reconstruct(name))
             self._make_room(name)
         self._read.move_to_end(name)
         return self._read[name]
-
-    def _split(self, adapter: LoraAdapter) -> Member:
-        layers = match_modules(adapter.modules, self._layers)
-        bases = {name: layer.basis for name, layer in self._layers.items()}
-        return split(adapter, bases, layers, self.bits)
 
     def _make_room(self, newest: str) -> None:
         if self.memory is not None:
@@ -204,13 +201,13 @@ class AdapterEngine:
             self._activate([], [])
             for place, state in self._head_states(member).items():
                 self._head(place).active = [(state, None)]
-            layers = [self._layers[place] for place in member.parts]
-            weights = [layer.weight() for layer in layers]
+            layers = {place: self._layers[place] for place in member.layout.places}
+            weights = [layer.weight() for layer in layers.values()]
             saved = [weight.detach().clone() for weight in weights]
             try:
                 with torch.no_grad():
-                    for layer, weight, part in zip(layers, weights, member.parts.values(), strict=True):
-                        weight += layer.dense(part).to(weight)
+                    for (place, layer), weight in zip(layers.items(), weights, strict=True):
+                        weight += layer.dense(place, member).to(weight)
                 yield
             finally:
                 with torch.no_grad():
@@ -219,8 +216,9 @@ class AdapterEngine:
                 self._restore(before)
 
     def _activate(self, members: Sequence[Member], which: Sequence[int]) -> None:
+        found = rows_of(members, which)
         for name, layer in self._layers.items():
-            layer.activate([member.parts.get(name) for member in members], which)
+            layer.activate(found.get(name))
         states = [self._head_states(member) for member in members]
         for name in {name for of in states for name in of}:
             self._head(name)
@@ -234,10 +232,10 @@ class AdapterEngine:
 
     def _head_states(self, member: Member) -> dict[str, State]:
         """Tensors of a member's heads by the model's module that they belong to."""
-        modules = dict(self.model.named_modules())
-        found: dict[str, dict[str, Tensor]] = {}
         if not member.heads:
             return {}
+        modules = dict(self.model.named_modules())
+        found: dict[str, dict[str, Tensor]] = {}
         places = match_modules(member.heads, [name for name, _ in self.model.named_parameters()])
         for key, tensor in member.heads.items():
             if key not in places:
@@ -263,21 +261,19 @@ class AdapterEngine:
     def report(self) -> Report:
         """Bytes of what is in memory, and how much of the work is private."""
         members = [*self._read.values(), *self._added.values()]
-        parts = [(self._layers[name].basis, part) for member in members for name, part in member.parts.items()]
-        common = sum(basis.V.numel() + basis.U.numel() + part.rank * sum(_k(basis)) for basis, part in parts)
-        private = sum(
-            packed.codes.numel()
-            for _, part in parts
-            for packed in (part.private_A, part.private_B)
-            if packed is not None
-        )
+        places = [place for member in members for place in member.layout.places.values()]
+        private = [part for member in members for part in member.private.values()]
+        bases = [self._layers[place.layer].basis for place in places]
+        common = sum(basis.V.numel() + basis.U.numel() for basis in bases)
+        common += sum(place.r * (place.k_in + place.k_out) for place in places)
+        own = sum(part.values for part in private)
         return Report(
             members=len(members),
             basis_bytes=sum(layer.bytes for layer in self._layers.values()),
-            shared_bytes=sum(part.shared_bytes for _, part in parts),
-            private_bytes=sum(part.private_bytes for _, part in parts),
+            shared_bytes=sum(member.coefficients.bytes for member in members),
+            private_bytes=sum(part.bytes for part in private),
             head_bytes=sum(head.nbytes for member in members for head in member.heads.values()),
-            private_work=private / (common + private) if parts else 0.0,
+            private_work=own / (common + own) if own else 0.0,
         )
 
     def close(self) -> None:
@@ -287,10 +283,6 @@ class AdapterEngine:
         for head in self._heads.values():
             head.release()
         self._layers, self._heads = {}, {}
-
-
-def _k(basis: LayerBasis) -> tuple[int, int]:
-    return len(basis.V), int(basis.U.shape[1])
 
 
 def _layers_of(bank: Bank, model: nn.Module) -> Mapping[str, str]:

@@ -1,6 +1,6 @@
 """Members of a bank as the engine keeps them: coefficients on the layers' bases, and what these can't hold."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from adapterbank.adapters import LoraAdapter
+from adapterbank.adapters.names import match_modules
 from adapterbank.bank import Bank
 from adapterbank.bank.shared_basis import DEFAULT_K, SharedBasis
 from adapterbank.errors import BankError
@@ -49,39 +50,79 @@ def _with(rows: Float[Tensor, "k d"], mean: Float[Tensor, " d"] | None) -> Float
     return torch.cat([rows, (rest / norm)[None]]) if norm > NOTHING * mean.norm() else rows.contiguous()
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Part:
-    """One member at one layer: ``A' = coef_A @ V + private_A``, ``B' = (coef_B @ U.T + private_B).T``."""
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where the coefficients of one layer are among all of a member: ``coef_A``, then ``coef_B`` transposed."""
 
-    coef_A: Packed
-    """``(r, k_in)``."""
-    coef_B: Packed
-    """``(r, k_out)``."""
-    private_A: Packed | None
-    """``(r, d_in)``; none where the basis holds all of it."""
-    private_B: Packed | None
+    layer: str
+    """Its name in the model."""
+    r: int
+    k_in: int
+    k_out: int
+    start: int
+    """Of its values."""
+    row: int
+    """Of its rows, ``2 r`` of them."""
+
+    def of(self, packed: "Stacked") -> tuple[Float[Tensor, "m r k_in"], Float[Tensor, "m k_out r"]]:
+        """``coef_A`` and ``coef_B`` of several members, in float32."""
+        middle = self.start + self.r * self.k_in
+        coef_A = packed.matrix(self.start, self.row, self.r, self.k_in)
+        return coef_A, packed.matrix(middle, self.row + self.r, self.r, self.k_out).mT
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stacked:
+    """Coefficients of ``m`` members of one layout, one in each row."""
+
+    codes: Tensor
+    """``(m, values)``."""
+    steps: Float[Tensor, "m rows"] | None
+
+    @classmethod
+    def of(cls, members: "Sequence[Member]") -> "Stacked":
+        """Of members in any order; one may come twice."""
+        steps = [member.coefficients.steps for member in members if member.coefficients.steps is not None]
+        codes = torch.stack([member.coefficients.codes for member in members])
+        return cls(codes=codes, steps=torch.stack(steps) if steps else None)
+
+    def matrix(self, start: int, row: int, rows: int, columns: int) -> Float[Tensor, "m rows columns"]:
+        """A matrix of each member, unpacked: from value ``start`` and row ``row`` on."""
+        m = len(self.codes)
+        codes = self.codes[:, start : start + rows * columns].view(m, rows, columns)
+        return codes if self.steps is None else self.steps[:, row : row + rows, None] * codes
+
+
+class Layout:
+    """Places of all layers that a member changes; members alike share one, and are unpacked together."""
+
+    def __init__(self, ranks: Mapping[str, int], bases: Mapping[str, LayerBasis]) -> None:
+        places, start, row = [], 0, 0
+        for layer, r in ranks.items():
+            k_in, k_out = len(bases[layer].V), int(bases[layer].U.shape[1])
+            places.append(Place(layer=layer, r=r, k_in=k_in, k_out=k_out, start=start, row=row))
+            start, row = start + r * (k_in + k_out), row + 2 * r
+        self.places = {place.layer: place for place in places}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Private:
+    """What the basis of a layer can't hold of a member: ``A' = coef_A @ V + A``, ``B' = U @ coef_B + B.T``."""
+
+    A: Packed | None
+    """``(r, d_in)``."""
+    B: Packed | None
     """``(r, d_out)``."""
 
     @property
-    def rank(self) -> int:
-        """``r``."""
-        return len(self.coef_A.codes)
-
-    def factors(self, basis: LayerBasis) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
-        """``A', B'`` at scale 1, in float32."""
-        A, B = self.coef_A.unpacked() @ basis.V, self.coef_B.unpacked() @ basis.U.T
-        A = A if self.private_A is None else A + self.private_A.unpacked()
-        return A, (B if self.private_B is None else B + self.private_B.unpacked()).T
+    def bytes(self) -> int:
+        """In memory."""
+        return sum(packed.bytes for packed in (self.A, self.B) if packed is not None)
 
     @property
-    def shared_bytes(self) -> int:
-        """Of the coefficients."""
-        return self.coef_A.bytes + self.coef_B.bytes
-
-    @property
-    def private_bytes(self) -> int:
-        """Of the remainders."""
-        return sum(packed.bytes for packed in (self.private_A, self.private_B) if packed is not None)
+    def values(self) -> int:
+        """How many."""
+        return sum(packed.codes.numel() for packed in (self.A, self.B) if packed is not None)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,54 +130,79 @@ class Member:
     """One adapter, ready to serve."""
 
     name: str
-    parts: Mapping[str, Part]
-    """By the layer's name in the model."""
+    layout: Layout
+    coefficients: Packed
+    """Of all layers, one after the other: a matrix of one column a value, with the steps of its rows."""
+    private: Mapping[str, Private]
+    """By layer; only where there is anything."""
     heads: Mapping[str, Tensor]
     """Tensors of its task head, by name."""
 
     @property
     def bytes(self) -> int:
         """In memory."""
-        parts = sum(part.shared_bytes + part.private_bytes for part in self.parts.values())
-        return parts + sum(head.nbytes for head in self.heads.values())
+        private = sum(part.bytes for part in self.private.values())
+        return self.coefficients.bytes + private + sum(head.nbytes for head in self.heads.values())
+
+    def factors(self, layer: str, basis: LayerBasis) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
+        """``A', B'`` at scale 1, in float32."""
+        coef_A, coef_B = self.layout.places[layer].of(Stacked.of([self]))
+        A, B, private = coef_A[0] @ basis.V, basis.U @ coef_B[0], self.private.get(layer)
+        if private is not None:
+            A = A if private.A is None else A + private.A.unpacked()
+            B = B if private.B is None else B + private.B.unpacked().T
+        return A, B
 
 
-def split(adapter: LoraAdapter, bases: Mapping[str, LayerBasis], layers: Mapping[str, str], bits: int) -> Member:
-    """An adapter in the coordinates of the layers' bases.
+class Splitter:
+    """Brings adapters into the coordinates of the layers' bases.
 
     Args:
-        adapter: With any ranks.
         bases: By layer of the model.
-        layers: Layer of the model by the adapter's name for it.
         bits: Of a stored value.
-
-    Raises:
-        BankError: If the adapter has a module that the engine has no layer for, or of another size.
     """
-    parts = {}
-    for module in adapter.modules:
-        factors = adapter.factors(module)
-        if module not in layers:
-            raise BankError(f"adapter {adapter.name!r}: the engine has no layer {module}; fit a bank that has it")
-        basis = bases[layers[module]]
-        if (factors.d_in, factors.d_out) != (basis.V.shape[1], basis.U.shape[0]):
-            raise BankError(
-                f"adapter {adapter.name!r}, {module}: it is {factors.d_out} x {factors.d_in}, the layer "
-                f"{basis.U.shape[0]} x {basis.V.shape[1]}; is it of another base model?"
-            )
-        A, B = factors.A.float(), factors.scale * factors.B.float()
-        coef_A, private_A = _divided(A, basis.V, bits)
-        coef_B, private_B = _divided(B.T, basis.U.T, bits)
-        parts[layers[module]] = Part(coef_A=coef_A, coef_B=coef_B, private_A=private_A, private_B=private_B)
-    heads = {name: adapter.extra(name) for name in adapter.extra_names}
-    return Member(name=adapter.name, parts=parts, heads=heads)
 
+    def __init__(self, bases: Mapping[str, LayerBasis], bits: int) -> None:
+        self.bases, self.bits = bases, bits
+        self._layouts: dict[tuple[tuple[str, int], ...], Layout] = {}
 
-def _divided(rows: Float[Tensor, "r d"], basis: Float[Tensor, "k d"], bits: int) -> tuple[Packed, Packed | None]:
-    coefficients = rows @ basis.T
-    rest = rows - coefficients @ basis
-    private = bool(rest.norm() > NOTHING * rows.norm())
-    return Packed.of(coefficients, bits), Packed.of(rest, bits) if private else None
+    def split(self, adapter: LoraAdapter) -> Member:
+        """An adapter as a member; modules may have other leading parts than the layers.
+
+        Raises:
+            BankError: If it has a module that there is no layer for, or of another size.
+        """
+        layers, where = match_modules(adapter.modules, self.bases), f"adapter {adapter.name!r}"
+        ranks, rows, private = dict[str, int](), list[Packed](), dict[str, Private]()
+        for module in adapter.modules:
+            if module not in layers:
+                raise BankError(f"{where}: the engine has no layer {module}; fit a bank that has it")
+            factors, layer = adapter.factors(module), layers[module]
+            basis = self.bases[layer]
+            if (factors.d_in, factors.d_out) != (basis.V.shape[1], basis.U.shape[0]):
+                raise BankError(
+                    f"{where}, {module}: it is {factors.d_out} x {factors.d_in}, the layer {basis.U.shape[0]} x "
+                    f"{basis.V.shape[1]}; is it of another base model?"
+                )
+            coef_A, rest_A = self._divided(factors.A.float(), basis.V)
+            coef_B, rest_B = self._divided(factors.scale * factors.B.T.float(), basis.U.T)
+            ranks[layer] = factors.rank
+            rows += [coef_A, coef_B]
+            if rest_A is not None or rest_B is not None:
+                private[layer] = Private(A=rest_A, B=rest_B)
+        return Member(
+            name=adapter.name,
+            layout=self._layouts.setdefault(tuple(ranks.items()), Layout(ranks, self.bases)),
+            coefficients=Packed.joined(rows),
+            private=private,
+            heads={name: adapter.extra(name) for name in adapter.extra_names},
+        )
+
+    def _divided(self, rows: Float[Tensor, "r d"], basis: Float[Tensor, "k d"]) -> tuple[Packed, Packed | None]:
+        coefficients = rows @ basis.T
+        rest = rows - coefficients @ basis
+        private = bool(rest.norm() > NOTHING * rows.norm())
+        return Packed.of(coefficients, self.bits), Packed.of(rest, self.bits) if private else None
 
 
 def directions(bank: Bank) -> int | None:

@@ -1,5 +1,6 @@
 """Matrices at 8, 16 or 32 bits a value, unpacked when they're used."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,8 @@ class Packed:
     """A matrix as integers with one step a row, or at 32 bits as it is."""
 
     codes: Tensor
-    steps: Float[Tensor, "rows 1"] | None
+    steps: Tensor | None
+    """One a row; none at 32 bits."""
 
     @classmethod
     def of(cls, matrix: Float[Tensor, "rows columns"], bits: int) -> "Packed":
@@ -34,6 +36,13 @@ class Packed:
         steps = largest / (2 ** (bits - 1) - 1)
         codes = (matrix / steps.clamp_min(torch.finfo(torch.float32).tiny)).round()
         return cls(codes=codes.to(TYPES[bits]).contiguous(), steps=steps)
+
+    @classmethod
+    def joined(cls, matrices: "Sequence[Packed]") -> "Packed":
+        """Values of several, one after the other, and the steps of all their rows."""
+        codes = torch.cat([matrix.codes.flatten() for matrix in matrices])
+        steps = [matrix.steps.flatten() for matrix in matrices if matrix.steps is not None]
+        return cls(codes=codes, steps=torch.cat(steps) if steps else None)
 
     def unpacked(self) -> Float[Tensor, "rows columns"]:
         """In float32."""

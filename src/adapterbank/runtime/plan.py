@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from adapterbank.bank import Bank
-from adapterbank.bank.shared_basis import BankBasis
-from adapterbank.runtime.members import LayerBasis, Member, directions, split
+from adapterbank.runtime.members import LayerBasis, Splitter, directions
 
 SAMPLE = 8
 """Members that are read, evenly spread over the bank: the others are taken to be like them."""
@@ -50,25 +49,18 @@ def plan(bank: Bank, *, k: int | None = None, bits: int = 16, dtype: torch.dtype
         BankError: If a sampled member is damaged, or the bank can't give ``k``.
     """
     basis = bank.basis(directions(bank) if k is None else k)
-    names = [bank.names[i * len(bank) // min(SAMPLE, len(bank))] for i in range(min(SAMPLE, len(bank)))]
-    read = [_member(bank, basis, name, bits) for name in names]
+    bases = {module: LayerBasis.of(part) for module, part in basis.modules.items()}
+    splitter, count = Splitter(bases, bits), min(SAMPLE, len(bank))
+    names = [bank.names[i * len(bank) // count] for i in range(count)]
+    read = [splitter.split(bank.reconstruct(name)) for name in names]
     # by values: members of other ranks take more or less in the same measure
     share = sum(bank[name].values for name in bank.names) / max(1, sum(bank[name].values for name in names))
-    parts = [part for member in read for part in member.parts.values()]
-    heads = [tensor.nbytes for member in read for tensor in member.heads.values()]
-    numbers = sum(module.V.numel() + module.U.numel() for module in map(LayerBasis.of, basis.modules.values()))
     return Plan(
         members=len(bank),
-        basis_bytes=numbers * dtype.itemsize,
-        shared_bytes=round(share * sum(part.shared_bytes for part in parts)),
-        private_bytes=round(share * sum(part.private_bytes for part in parts)),
-        head_bytes=round(sum(heads) * len(bank) / max(1, len(names))),
+        basis_bytes=sum(part.V.numel() + part.U.numel() for part in bases.values()) * dtype.itemsize,
+        shared_bytes=round(share * sum(member.coefficients.bytes for member in read)),
+        private_bytes=round(share * sum(part.bytes for member in read for part in member.private.values())),
+        head_bytes=round(sum(t.nbytes for m in read for t in m.heads.values()) * len(bank) / max(1, count)),
         full_bytes=FULL_BYTES * sum(bank[name].values for name in bank.names),
-        sampled=len(names),
+        sampled=count,
     )
-
-
-def _member(bank: Bank, basis: BankBasis, name: str, bits: int) -> Member:
-    adapter = bank.reconstruct(name)
-    bases = {module: LayerBasis.of(basis.modules[module]) for module in adapter.modules}
-    return split(adapter, bases, {module: module for module in adapter.modules}, bits)

@@ -1,0 +1,84 @@
+"""From the members of a batch to what each layer needs for it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from adapterbank.runtime.members import Layout, Member, Private, Stacked
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rows:
+    """What the rows of a batch need at one layer; ``m`` of them have an update here, of rank ``r`` or less."""
+
+    batch: int
+    """Rows of the batch."""
+    places: Int[Tensor, " m"] | None
+    """Which of them; none: all."""
+    coef_A: Float[Tensor, "m r k_in"]
+    coef_B: Float[Tensor, "m k_out r"]
+    owners: Int[Tensor, " m"]
+    """Whose each row is, among ``private``."""
+    private: tuple[Private | None, ...]
+    """Of the batch's members; empty if none has any here."""
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Rows":
+        """Where the layer is, in the type that it computes in."""
+        return Rows(
+            batch=self.batch,
+            places=None if self.places is None else self.places.to(device),
+            coef_A=self.coef_A.to(device, dtype),
+            coef_B=self.coef_B.to(device, dtype),
+            owners=self.owners.to(device),
+            private=self.private,
+        )
+
+
+def rows_of(members: Sequence[Member], which: Sequence[int]) -> dict[str, Rows]:
+    """What each layer needs; layers that no row changes are left out.
+
+    Args:
+        members: Of the batch, each once.
+        which: Member of each row, -1 for the base model.
+    """
+    groups = dict[Layout, list[int]]()  # rows by layout: members alike are unpacked together
+    for row, i in enumerate(which):
+        if i >= 0:
+            groups.setdefault(members[i].layout, []).append(row)
+    found = {layout: Stacked.of([members[which[row]] for row in rows]) for layout, rows in groups.items()}
+    layers = dict.fromkeys(layer for layout in groups for layer, place in layout.places.items() if place.r)
+    return {layer: _rows(layer, groups, found, members, which) for layer in layers}
+
+
+def _rows(
+    layer: str,
+    groups: dict[Layout, list[int]],
+    stacked: dict[Layout, Stacked],
+    members: Sequence[Member],
+    which: Sequence[int],
+) -> Rows:
+    having = [(layout, rows) for layout, rows in groups.items() if layer in layout.places and layout.places[layer].r]
+    parts = [layout.places[layer].of(stacked[layout]) for layout, _ in having]
+    places = [row for _, rows in having for row in rows]
+    private = tuple(member.private.get(layer) for member in members)
+    return Rows(
+        batch=len(which),
+        places=None if places == list(range(len(which))) else torch.tensor(places),
+        coef_A=_joined([coef_A for coef_A, _ in parts], 1),
+        coef_B=_joined([coef_B for _, coef_B in parts], 2),
+        owners=torch.tensor([which[row] for row in places]),
+        private=private if any(private) else (),
+    )
+
+
+def _joined(parts: list[Float[Tensor, "_ _ _"]], axis: int) -> Float[Tensor, "_ _ _"]:
+    """One after the other, padded with zeros to the largest rank, which is on ``axis``."""
+    if len(parts) == 1:
+        return parts[0]
+    r = max(part.shape[axis] for part in parts)
+    # pad takes the last axis first
+    return torch.cat([pad(part, (0, 0) * (2 - axis) + (0, r - part.shape[axis])) for part in parts])
