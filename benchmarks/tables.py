@@ -13,6 +13,7 @@ from benchmarks.adaptation.sparse.plots import draw as draw_sparse
 from benchmarks.markdown import table, targets
 from benchmarks.pictures import PICTURES, draw_rate_distortion, draw_switching
 from benchmarks.record import read_results
+from benchmarks.serving_page import page as serving_page
 from benchmarks.sparse_page import by_density_and_width
 from benchmarks.sparse_page import page as sparse_page
 
@@ -69,6 +70,7 @@ def pages(results: dict[str, Result]) -> dict[Path, str]:
         docs / "training.md": _training_page(results),
         docs / "adaptation.md": _page(adaptation_page()),
         docs / "shira.md": _page(_sparse_page(results)),
+        docs / "serving.md": _page(_serving_page(results)),
     }
 
 
@@ -336,6 +338,11 @@ def _contraction_section(result: Result) -> list[str]:
 def _sparse_page(results: dict[str, Result]) -> list[str]:
     shown = [results[name] for name in ("sparse-step", "sparse-switch") if name in results]
     return [*sparse_page(results), *(_about(result) for result in shown), *sparse_on_real_tasks()]
+
+
+def _serving_page(results: dict[str, Result]) -> list[str]:
+    shown = [results[name] for name in ("serving-layer", "serving-decoder") if name in results]
+    return [*serving_page(results), *(_about(result) for result in shown)]
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------

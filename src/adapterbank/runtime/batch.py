@@ -21,10 +21,8 @@ class Rows:
     """Which of them; none: all."""
     coef_A: Float[Tensor, "m r k_in"]
     coef_B: Float[Tensor, "m k_out r"]
-    owners: Int[Tensor, " m"]
-    """Whose each row is, among ``private``."""
     private: tuple[Private | None, ...]
-    """Of the batch's members; empty if none has any here."""
+    """Of each of them; empty if none has any here."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Rows":
         """Where the layer is, in the type that it computes in."""
@@ -33,7 +31,6 @@ class Rows:
             places=None if self.places is None else self.places.to(device),
             coef_A=self.coef_A.to(device, dtype),
             coef_B=self.coef_B.to(device, dtype),
-            owners=self.owners.to(device),
             private=self.private,
         )
 
@@ -64,13 +61,12 @@ def _rows(
     having = [(layout, rows) for layout, rows in groups.items() if layer in layout.places and layout.places[layer].r]
     parts = [layout.places[layer].of(stacked[layout]) for layout, _ in having]
     places = [row for _, rows in having for row in rows]
-    private = tuple(member.private.get(layer) for member in members)
+    private = tuple(members[which[row]].private.get(layer) for row in places)
     return Rows(
         batch=len(which),
         places=None if places == list(range(len(which))) else torch.tensor(places),
         coef_A=_joined([coef_A for coef_A, _ in parts], 1),
         coef_B=_joined([coef_B for _, coef_B in parts], 2),
-        owners=torch.tensor([which[row] for row in places]),
         private=private if any(private) else (),
     )
 

@@ -1,5 +1,6 @@
 """One linear layer of a running model: a hook that adds, to each row of a batch, the update of that row's adapter."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from adapterbank.errors import AdapterBankError, BankError
 from adapterbank.runtime import ops
 from adapterbank.runtime.batch import Rows
 from adapterbank.runtime.members import LayerBasis, Member
+from adapterbank.runtime.packing import Packed
 
 COMPUTE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Types that updates are computed in."""
@@ -89,14 +91,20 @@ class ServedLayer:
 
     def _private(self, rows: Rows) -> tuple[Float[Tensor, "m r d_in"], Float[Tensor, "m d_out r"]]:
         """Remainders, unpacked for this step only: of all layers together they're as large as the adapters."""
-        r, device = rows.coef_A.shape[1], rows.coef_A.device
-        A = torch.zeros(len(rows.private), r, self.V.shape[1], dtype=self.dtype, device=device)
-        B = torch.zeros(len(rows.private), r, self.U.shape[0], dtype=self.dtype, device=device)
-        for i, private in enumerate(rows.private):
-            for place, packed in () if private is None else ((A[i], private.A), (B[i], private.B)):
-                if packed is not None:
-                    place[: len(packed.codes)] = packed.unpacked().to(device, self.dtype)
-        return A[rows.owners], B[rows.owners].mT
+        r = rows.coef_A.shape[1]
+        A = self._unpacked([None if part is None else part.A for part in rows.private], r, self.V.shape[1])
+        B = self._unpacked([None if part is None else part.B for part in rows.private], r, self.U.shape[0])
+        return A, B.mT
+
+    def _unpacked(self, matrices: Sequence[Packed | None], r: int, width: int) -> Float[Tensor, "m r width"]:
+        alike = [matrix for matrix in matrices if matrix is not None and len(matrix.codes) == r]
+        if len(alike) == len(matrices):
+            return Packed.stacked(alike).to(self.V.device).unpacked(self.dtype)
+        found = torch.zeros(len(matrices), r, width, dtype=self.dtype, device=self.V.device)
+        for place, matrix in zip(found, matrices, strict=True):
+            if matrix is not None:
+                place[: len(matrix.codes)] = matrix.to(self.V.device).unpacked(self.dtype)
+        return found
 
     def weight(self) -> Tensor:
         """The base layer's, to be changed in place.

@@ -44,9 +44,26 @@ class Packed:
         steps = [matrix.steps.flatten() for matrix in matrices if matrix.steps is not None]
         return cls(codes=codes, steps=torch.cat(steps) if steps else None)
 
-    def unpacked(self) -> Float[Tensor, "rows columns"]:
-        """In float32."""
-        return self.codes if self.steps is None else self.codes * self.steps
+    @classmethod
+    def stacked(cls, matrices: "Sequence[Packed]") -> "Packed":
+        """Matrices of one shape as ``(m, rows, columns)``."""
+        steps = [matrix.steps for matrix in matrices if matrix.steps is not None]
+        return cls(
+            codes=torch.stack([matrix.codes for matrix in matrices]), steps=torch.stack(steps) if steps else None
+        )
+
+    def to(self, device: torch.device) -> "Packed":
+        """On another device."""
+        if self.codes.device == device:
+            return self
+        return Packed(codes=self.codes.to(device), steps=None if self.steps is None else self.steps.to(device))
+
+    def unpacked(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values, in the shape of the codes."""
+        if self.steps is None:
+            return self.codes.to(dtype)
+        # a type of 16 bits holds the larger codes only roughly, so the product comes first
+        return (self.codes * self.steps).to(dtype)
 
     @property
     def bytes(self) -> int:
