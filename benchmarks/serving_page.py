@@ -11,11 +11,11 @@ def page(results: dict[str, Result]) -> list[str]:
     """Paragraphs and tables."""
     parts = [
         "# Many adapters in one batch",
-        "CPU seconds of one thread; all ways take turns in one run, and ratios are medians over its rounds. The members "
-        "are drawn on the directions that the bank stores, so they have no private part unless it is said: how much of "
-        "one members have is a matter of the family, and `engine.report()` tells. *Gathered LoRA* copies each row's "
-        "factors together and multiplies, which punica's and vLLM's kernels do in one pass. *Setting* is what a batch of "
-        "other members costs once, before its steps.",
+        "CPU seconds of one thread; all ways take turns in one run, and ratios are medians over its rounds. Members are "
+        "drawn on the directions that the bank stores, so they have no private part unless it is said: how much of one "
+        "members have is a matter of the family, and `engine.report()` tells. *Gathered LoRA* copies each row's factors "
+        "together and multiplies, which punica's and vLLM's kernels do in one pass. *Setting* is what a batch of other "
+        "members costs once, before its steps.",
     ]
     if "serving-layer" in results:
         parts += _layer(results["serving-layer"])
@@ -28,7 +28,8 @@ def _layer(result: Result) -> list[str]:
     rows = [
         [
             way["way"], f"{1e3 * way['cpu_seconds']:.2f} ms", f"{way['of_base']:.2f}",
-            f"{1e3 * way['setting_seconds']:.2f} ms", "" if way["private_work"] is None else f"{way['private_work']:.0%}",
+            f"{1e3 * way['setting_seconds']:.2f} ms",
+            "" if way["private_work"] is None else f"{way['private_work']:.0%}",
         ]
         for way in result["ways"]
     ]  # fmt: skip
@@ -46,8 +47,8 @@ def _decoder(result: Result) -> list[str]:
     parts = [
         f"## {result['title']}",
         f"A Llama of {result['parameters'] / 1e6:.0f} M values, query and value of {result['layers'] // 2} layers, "
-        f"{result['members']} members of rank {result['r']} on {result['k']} directions; PEFT has as many adapters loaded "
-        "as there are rows (`adapter_names`).",
+        f"{result['members']} members of rank {result['r']} on {result['k']} directions; PEFT has as many adapters "
+        "loaded as there are rows (`adapter_names`).",
     ]
     for shape in result["shapes"]:
         rows = [

@@ -90,7 +90,7 @@ class Stacked:
         """A matrix of each member, unpacked: from value ``start`` and row ``row`` on."""
         m = len(self.codes)
         codes = self.codes[:, start : start + rows * columns].view(m, rows, columns)
-        return codes if self.steps is None else self.steps[:, row : row + rows, None] * codes
+        return codes if self.steps is None else codes.float().mul_(self.steps[:, row : row + rows, None])
 
 
 class Layout:

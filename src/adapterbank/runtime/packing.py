@@ -62,8 +62,8 @@ class Packed:
         """The values, in the shape of the codes."""
         if self.steps is None:
             return self.codes.to(dtype)
-        # a type of 16 bits holds the larger codes only roughly, so the product comes first
-        return (self.codes * self.steps).to(dtype)
+        # in float32, as types of 16 bits hold the larger codes only roughly; in place, as fresh pages cost more
+        return self.codes.to(torch.float32).mul_(self.steps).to(dtype)
 
     @property
     def bytes(self) -> int:
