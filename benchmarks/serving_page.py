@@ -11,11 +11,11 @@ def page(results: dict[str, Result]) -> list[str]:
     """Paragraphs and tables."""
     parts = [
         "# Many adapters in one batch",
-        "CPU seconds of one thread; all ways take turns in one run, and ratios are medians over its rounds. Members are "
-        "drawn on the directions that the bank stores, so they have no private part unless it is said: how much of one "
-        "members have is a matter of the family, and `engine.report()` tells. *Gathered LoRA* copies each row's factors "
-        "together and multiplies, which punica's and vLLM's kernels do in one pass. *Setting* is what a batch of other "
-        "members costs once, before its steps.",
+        "CPU seconds of one thread; all ways take turns in one run, and ratios are medians over its rounds. Members "
+        "are drawn on the directions that the bank stores, so they have no private part unless it is said: how much "
+        "of one members have is a matter of the family, and `engine.report()` tells. *Gathered LoRA* copies each "
+        "row's factors together and multiplies, which punica's and vLLM's kernels do in one pass. *Setting* is what a "
+        "batch of other members costs once, before its steps.",
     ]
     if "serving-layer" in results:
         parts += _layer(results["serving-layer"])
