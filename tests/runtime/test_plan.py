@@ -21,6 +21,9 @@ def test_the_plan_is_what_the_engine_holds(kind, bits):
     for name in ("members", "basis_bytes", "shared_bytes", "private_bytes", "head_bytes"):
         assert getattr(planned, name) == getattr(report, name)
     assert planned.full_bytes == 2 * sum(bank[name].values for name in bank.names)
+    larger = plan(bank, bits=bits, members=10 * len(bank))
+    assert (larger.members, larger.basis_bytes) == (10 * len(bank), planned.basis_bytes)
+    assert larger.shared_bytes == 10 * planned.shared_bytes and larger.full_bytes == 10 * planned.full_bytes
 
 
 def test_a_sample_stands_for_all():

@@ -26,6 +26,9 @@ def plan(
     k: Annotated[
         int | None, typer.Option("-k", metavar="K", help="Directions a side; by default as the engine takes them.")
     ] = None,
+    members: Annotated[
+        int | None, typer.Option(metavar="N", help="For so many members like the bank's; by default those it has.")
+    ] = None,
     bits: Annotated[Bits, typer.Option(help="Of a member's value in memory.")] = Bits.sixteen,
     as_json: Json = False,
 ) -> None:
@@ -39,7 +42,7 @@ def plan(
     opened, base, dtype = Bank.load(bank), None, None
     if model is not None:
         base, dtype = _base(model)
-    found = planned(opened, k=k, bits=int(bits.value), **({} if dtype is None else {"dtype": dtype}))
+    found = planned(opened, members=members, k=k, bits=int(bits.value), **({} if dtype is None else {"dtype": dtype}))
     if as_json:
         print_json({"bank": bank, "base_bytes": base, **asdict(found), "bytes": found.bytes})
         return

@@ -36,11 +36,19 @@ class Plan:
         return self.basis_bytes + self.shared_bytes + self.private_bytes + self.head_bytes
 
 
-def plan(bank: Bank, *, k: int | None = None, bits: int = 16, dtype: torch.dtype = torch.float32) -> Plan:
+def plan(
+    bank: Bank,
+    *,
+    members: int | None = None,
+    k: int | None = None,
+    bits: int = 16,
+    dtype: torch.dtype = torch.float32,
+) -> Plan:
     """What an engine of this bank will hold.
 
     Args:
         bank: The bank.
+        members: So many of the bank's kind; by default those that it has.
         k: As for the engine.
         bits: As for the engine.
         dtype: Of the base model, in which the shared directions are held.
@@ -54,13 +62,17 @@ def plan(bank: Bank, *, k: int | None = None, bits: int = 16, dtype: torch.dtype
     names = [bank.names[i * len(bank) // count] for i in range(count)]
     read = [splitter.split(bank.reconstruct(name)) for name in names]
     # by values: members of other ranks take more or less in the same measure
-    share = sum(bank[name].values for name in bank.names) / max(1, sum(bank[name].values for name in names))
+    values, growth = (
+        sum(bank[name].values for name in bank.names),
+        1.0 if members is None else members / max(1, len(bank)),
+    )
+    share = growth * values / max(1, sum(bank[name].values for name in names))
     return Plan(
-        members=len(bank),
+        members=len(bank) if members is None else members,
         basis_bytes=sum(part.V.numel() + part.U.numel() for part in bases.values()) * dtype.itemsize,
         shared_bytes=round(share * sum(member.coefficients.bytes for member in read)),
         private_bytes=round(share * sum(part.bytes for member in read for part in member.private.values())),
-        head_bytes=round(sum(t.nbytes for m in read for t in m.heads.values()) * len(bank) / max(1, count)),
-        full_bytes=FULL_BYTES * sum(bank[name].values for name in bank.names),
+        head_bytes=round(sum(t.nbytes for m in read for t in m.heads.values()) * growth * len(bank) / max(1, count)),
+        full_bytes=round(FULL_BYTES * growth * values),
         sampled=count,
     )

@@ -1,0 +1,176 @@
+"""Thousands of members: the time of a step, of loading and of adding, a working set in random order, and bytes."""
+
+import copy
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
+from torch import nn
+
+from adapterbank.bank import Bank
+from adapterbank.runtime import AdapterEngine
+from adapterbank.runtime.plan import plan
+from benchmarks.cases import Case
+from benchmarks.served import BASIS_FROM, Family, engine_of
+
+
+def run(case: Case, seed: int) -> dict[str, Any]:
+    """All four, with what was aimed at."""
+    torch.set_num_threads(1)
+    fields = case.fields
+    steps = [_step(members, seed, **fields["step"]) for members in fields["members"]]
+    with tempfile.TemporaryDirectory(prefix="adapterbank-bench-") as scratch:
+        stack = _Stack(Path(scratch), seed=seed, **fields["stack"])
+        loading, requests = stack.loading(), stack.requests(fields["working_sets"], fields["requests"])
+    planned = _planned(seed, **fields["planned"])
+    growth = steps[-1]["step_seconds"] / steps[0]["step_seconds"]
+    return {
+        "title": case.title,
+        **{name: fields[name] for name in ("step", "stack", "planned", "requests")},
+        "steps": steps,
+        "loading": loading,
+        "working_sets": requests,
+        "bytes": planned,
+        "targets": [
+            _target(f"step at {steps[-1]['members']:,} members over one at {steps[0]['members']}", growth, 1.1),
+            _target("seconds to add a member", max(step["add_seconds"] for step in steps), 0.05),
+            _target("seconds to load", max(row["seconds"] for row in loading if row["way"] != "PEFT"), 60),
+            _target("planned bytes over measured", planned["planned_over_measured"], 1.05),
+        ],
+    }
+
+
+def _target(name: str, reached: float, most: float) -> dict[str, Any]:
+    return {"name": name, "at_most": most, "reached": reached, "met": reached <= most}
+
+
+# --- members ----------------------------------------------------------------------------------------------------------
+
+
+def _step(members: int, seed: int, *, d: int, r: int, k: int, rows: int, rounds: int) -> dict[str, Any]:
+    """One layer, other members in every round."""
+    torch.manual_seed(seed)
+    family = Family(layers={"0": (d, d)}, r=r, k=k, seed=seed)
+    model, x = nn.Sequential(nn.Linear(d, d, bias=False)).requires_grad_(False), torch.randn(rows, 1, d)
+    engine = engine_of(model, family, members)
+    new, adding = [family.adapter(i) for i in range(members, members + 16)], []
+    for adapter in new:
+        start = time.process_time()
+        engine.add(adapter)
+        adding.append(time.process_time() - start)
+    drawn, seconds = random.Random(seed), []
+    for _ in range(rounds + 1):
+        names = [f"a{drawn.randrange(members)}" for _ in range(rows)]
+        start = time.process_time()
+        with engine.adapters(names), torch.no_grad():
+            model(x)
+        seconds.append(time.process_time() - start)
+    return {"members": members, "step_seconds": median(seconds[1:]), "add_seconds": median(adding)}
+
+
+class _Stack:
+    """A model of some layers, a bank of members on disk, and the same members as PEFT directories."""
+
+    def __init__(
+        self, folder: Path, *, seed: int, layers: int, d: int, r: int, k: int, members: int, peft: int
+    ) -> None:
+        self.folder, self.members, self.peft, self.r, self.seed = folder, members, peft, r, seed
+        self.family = Family(layers={str(i): (d, d) for i in range(layers)}, r=r, k=k, private=0.1, seed=seed)
+        torch.manual_seed(seed)
+        self.model = nn.Sequential(*(nn.Linear(d, d, bias=False) for _ in range(layers))).requires_grad_(False)
+        self.x = torch.randn(1, 16, d)
+        adapters = [self.family.adapter(i) for i in range(members)]
+        self.banks = {
+            "compact": Bank.fit(adapters, k=k, quantize=False),
+            "by ratio": Bank.fit(adapters, ratio=16),
+        }
+        for name, bank in self.banks.items():
+            bank.save(folder / name)
+        for adapter in adapters[:peft]:
+            adapter.save(folder / "peft" / adapter.name)
+
+    def loading(self) -> list[dict[str, Any]]:
+        """All members of each bank, from disk to ready; PEFT with fewer."""
+        found = []
+        for name in self.banks:
+            start = time.process_time()
+            engine = AdapterEngine(copy.deepcopy(self.model), self.folder / name)
+            engine.load()
+            found.append({"way": name, "members": self.members, "seconds": time.process_time() - start})
+        start = time.process_time()
+        self._peft(self.peft)
+        return [*found, {"way": "PEFT", "members": self.peft, "seconds": time.process_time() - start}]
+
+    def _peft(self, count: int) -> Any:
+        config = LoraConfig(r=self.r, target_modules=list(self.family.layers), init_lora_weights=False)
+        model: Any = get_peft_model(copy.deepcopy(self.model), config, adapter_name="a0")
+        for i in range(1, count):
+            model.load_adapter(self.folder / "peft" / f"a{i}", adapter_name=f"a{i}")
+        return model
+
+    def requests(self, working_sets: list[int], count: int) -> list[dict[str, Any]]:
+        """CPU seconds of a request of one row, by the number of members that requests are for, in random order."""
+        engine = AdapterEngine(copy.deepcopy(self.model), self.folder / "compact")
+        engine.load()
+        one = max(member.bytes for member in engine._read.values())
+        limited = AdapterEngine(copy.deepcopy(self.model), self.folder / "compact", memory=working_sets[-2] * one)
+        swapped = self._peft(1)
+
+        def ours(served: AdapterEngine) -> Callable[[int], None]:
+            def ask(i: int) -> None:
+                with served.adapters([f"a{i}"]):
+                    served.model(self.x)
+
+            return ask
+
+        def swap(i: int) -> None:
+            hotswap_adapter(swapped, str(self.folder / "peft" / f"a{i % self.peft}"), adapter_name="a0")
+            swapped(self.x)
+
+        ways = {"in memory": ours(engine), "memory for a tenth": ours(limited), "PEFT, hot swapping": swap}
+        rows = []
+        for size in working_sets:
+            drawn = random.Random(self.seed)
+            chosen = [drawn.randrange(size) for _ in range(count)]
+            seconds = {}
+            for name, ask in ways.items():
+                with torch.no_grad():
+                    for i in chosen[: count // 2]:  # what fits is in memory then
+                        ask(i)
+                    start = time.process_time()
+                    for i in chosen[count // 2 :]:
+                        ask(i)
+                seconds[name] = (time.process_time() - start) / (count - count // 2)
+            rows.append({"members": size, "seconds": seconds})
+        return rows
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+def _planned(seed: int, *, layers: int, d: int, r: int, k: int, members: int) -> dict[str, Any]:
+    """A model without weights, members in the size of its layers."""
+    family = Family(layers={str(i): (d, d) for i in range(layers)}, r=r, k=k, seed=seed)
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(d, d, bias=False) for _ in range(layers)))
+    bank = family.bank()
+    expected = plan(bank, members=members)
+    engine = AdapterEngine(model, bank)
+    engine.load()
+    for i in range(BASIS_FROM, members):
+        engine.add(family.adapter(i))
+    report = engine.report()
+    measured = report.basis_bytes + report.shared_bytes + report.private_bytes
+    return {
+        "planned_bytes": expected.bytes,
+        "measured_bytes": measured,
+        "planned_over_measured": max(expected.bytes / measured, measured / expected.bytes),
+        "full_bytes": expected.full_bytes,
+    }
