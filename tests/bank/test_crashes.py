@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from adapterbank.adapters import disk
 from adapterbank.bank import Bank, store
 from adapterbank.errors import MissingFileError
 from families import make_family
@@ -57,7 +58,7 @@ class Deadly:
         for name in ("replace", "fsync", "open", "close"):
             setattr(os, name, self._counted(getattr(os, name)))
         Path.unlink = self._counted(Path.unlink)
-        store._lock = self._counted(store._lock)
+        disk._lock = self._counted(disk._lock)
         return self
 
     def __exit__(self, *_: object) -> None:
