@@ -73,7 +73,8 @@ def test_a_value_takes_six_bytes_in_16_bits_and_half_of_peft_s(tmp_path):
     delta.save(tmp_path / "ours")
     files.save_as_shira(delta, tmp_path / "peft")
     ours, theirs = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("ours", "peft"))
-    assert sum(tensor.nbytes for tensor in ours.values()) == 6 * delta.nnz
+    fingerprints = 2 * 24
+    assert sum(tensor.nbytes for tensor in ours.values()) == 6 * delta.nnz + fingerprints
     assert sum(tensor.nbytes for tensor in theirs.values()) == 12 * delta.nnz
 
 
@@ -159,7 +160,11 @@ DAMAGED = [
     ({"shapes": None}, None, "its config says no shape of body.q"),
     ({"shapes": {"first": [40, 30], "body.q": [40, -1]}}, None, "its config says no shape of body.q"),
     ({"shapes": {"first": [4, 3], "body.q": [40, 40]}}, None, r"first\.weight: positions reach from \d+ to \d+"),
-    ({"fingerprints": {"first": ["a"]}}, None, "fingerprint is no list of three hashes"),
+    (
+        {},
+        lambda t: t.update({AT + "fingerprint": torch.zeros(2)}),
+        r"fingerprint is torch\.float32 \(2,\), expected int64",
+    ),
     ({}, lambda t: t.pop(AT + "values"), "first has no values"),
     ({}, lambda t: t.clear(), "holds no sparse_values"),
     (

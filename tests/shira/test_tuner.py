@@ -11,6 +11,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 
 from adapterbank.errors import AdapterBankError, AdapterError
+from adapterbank.shira import ShiraTunerConfig
 from adapterbank.shira.delta import SparseDelta
 from adapterbank.shira.tuner.ops import sparse_linear
 from tiny_models import MODELS, SPARSE_ROWS, TARGETS, adapter_layers, gpt2, llama, perturb, sparse, weights_of
@@ -167,7 +168,9 @@ def test_the_file_is_a_sparse_delta_and_a_delta_is_such_a_file(model, inputs, tm
     else:
         model.save_pretrained(tmp_path / "task")
         tensors = load_file(tmp_path / "task" / "adapter_model.safetensors")
-        assert {name.rpartition(".")[2] for name in tensors} == {"sparse_positions", "sparse_values"}
+        assert {name.rpartition(".")[2] for name in tensors} == {
+            *("sparse_positions", "sparse_values", "sparse_fingerprint")
+        }
         delta, plain = SparseDelta.load(tmp_path / "task"), llama()
     assert all(update.fingerprint is not None for update in delta.updates.values())
     delta.apply_(plain)
@@ -217,12 +220,24 @@ def test_another_base_model_is_refused(model, inputs, tmp_path):
             use()
 
 
-@pytest.mark.parametrize("field", ["counts", "fingerprints"])
-def test_a_config_that_lies_is_refused_before_anything_is_allocated(model, tmp_path, field):
+def test_another_base_model_is_refused_also_by_a_file_over_an_adapter_that_is_there(model, inputs, tmp_path):
+    model.save_pretrained(tmp_path / "task")
+    other = llama()
+    for parameter in other.parameters():
+        parameter.data += 0.01
+    dora_rank = model.peft_config["default"].dora_rank
+    there = get_peft_model(other, ShiraTunerConfig(density=0.1, mask="rand", dora_rank=dora_rank))
+    there(**inputs)
+    there.load_adapter(tmp_path / "task", "default")
+    with pytest.raises(AdapterError, match="'default' was made for a base model with other weights"):
+        there(**inputs)
+
+
+def test_a_config_that_lies_is_refused_before_anything_is_allocated(model, tmp_path):
     model.save_pretrained(tmp_path / "task")
     path = tmp_path / "task" / "adapter_config.json"
     told = json.loads(path.read_text())
-    told[field] |= dict.fromkeys(told[field], 10**12 if field == "counts" else ["x"])
+    told["counts"] = dict.fromkeys(told["counts"], 10**12)
     path.write_text(json.dumps(told))
     with pytest.raises(AdapterError, match=r"copy adapter_config\.json again"):
         PeftModel.from_pretrained(llama(), tmp_path / "task")

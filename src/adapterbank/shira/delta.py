@@ -15,6 +15,8 @@ from adapterbank.errors import AdapterError
 from adapterbank.shira.masks import dtype_of
 
 Shape = tuple[int, int]
+Fingerprint = tuple[int, int, int]
+"""Hashes of base values, 64 bits each, as signed integers; zeros where no base was at hand."""
 Model = nn.Module | Mapping[str, Tensor]
 """Whatever holds the weights: a model, or its parameters by name."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -35,7 +37,7 @@ class SparseUpdate:
     values: Float[Tensor, " nnz"]
     shape: Shape
     """Of the parameter as the model has it: ``(d_out, d_in)`` of a Linear, the reverse of GPT-2's Conv1D."""
-    fingerprint: tuple[str, ...] | None = None
+    fingerprint: Fingerprint | None = None
     """Of the base model's values at the positions, see :func:`fingerprint_of`; none where no base was at hand."""
 
     def __post_init__(self) -> None:
@@ -109,7 +111,7 @@ class SparseDelta:
         *,
         name: str = "adapter",
         weights: Mapping[str, Tensor] | None = None,
-        fingerprints: Mapping[str, tuple[str, ...]] | None = None,
+        fingerprints: Mapping[str, Fingerprint] | None = None,
         **fields: Any,
     ) -> "SparseDelta":
         """Build a delta from positions and values in any order.
@@ -312,7 +314,7 @@ def put_(weight: Tensor, positions: Int[Tensor, " nnz"], values: Float[Tensor, "
     weight.detach().view(-1).scatter_(0, index, values.to(weight.device, weight.dtype))
 
 
-def fingerprint_of(weight: Tensor, positions: Int[Tensor, " nnz"]) -> tuple[str, ...]:
+def fingerprint_of(weight: Tensor, positions: Int[Tensor, " nnz"]) -> Fingerprint:
     """Hashes of a weight's values at the positions, as float32, bfloat16 and float16.
 
     Two copies of one model in different precisions agree in at least one of them, the coarser one's. Only a float32
@@ -321,23 +323,27 @@ def fingerprint_of(weight: Tensor, positions: Int[Tensor, " nnz"]) -> tuple[str,
     return _hashes(gathered(weight, positions))
 
 
-def _hashes(values: Float[Tensor, " nnz"]) -> tuple[str, ...]:
+def _hashes(values: Float[Tensor, " nnz"]) -> Fingerprint:
     cast = (values.detach().cpu().to(dtype).contiguous().view(torch.uint8).numpy() for dtype in _HASHED)
-    return tuple(hashlib.sha256(part.tobytes()).hexdigest()[:16] for part in cast)
+    digests = (hashlib.sha256(part.tobytes()).digest()[:8] for part in cast)
+    wide, brain, half = (int.from_bytes(digest, "big", signed=True) for digest in digests)
+    return wide, brain, half
 
 
-def read_fingerprint(value: object) -> tuple[str, ...]:
-    """A fingerprint as a config holds it.
+def read_fingerprint(stored: Tensor) -> Fingerprint | None:
+    """A fingerprint as a file holds it; none where it is unknown.
 
     Raises:
         AdapterError: If it is none.
     """
-    whole = isinstance(value, list) and len(value) == len(_HASHED) and all(isinstance(part, str) for part in value)
-    if not whole or not isinstance(value, list):
-        raise AdapterError("its fingerprint is no list of three hashes; copy adapter_config.json again")
-    return tuple(value)
+    if stored.dtype != torch.int64 or stored.shape != (len(_HASHED),):
+        raise AdapterError(
+            f"its fingerprint is {stored.dtype} {tuple(stored.shape)}, expected int64 ({len(_HASHED)},); copy it again"
+        )
+    wide, brain, half = stored.tolist()
+    return (wide, brain, half) if any((wide, brain, half)) else None
 
 
-def check_fingerprint(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
+def check_fingerprint(one: Fingerprint, other: Fingerprint) -> bool:
     """Whether two fingerprints can be of one base model."""
     return any(a == b for a, b in zip(one, other, strict=True))

@@ -1,7 +1,8 @@
 """Sparse adapters on disk: our own directories, and PEFT's SHiRA and Super-Tuning in and out.
 
 A directory of ours is PEFT's layout: ``adapter_config.json`` and ``adapter_model.safetensors`` with
-``base_model.model.<module>.sparse_positions`` (flat int32 or int64) and ``.sparse_values`` (16 or 32 bits).
+``base_model.model.<module>.sparse_positions`` (flat int32 or int64), ``.sparse_values`` (16 or 32 bits) and
+``.sparse_fingerprint`` (hashes of the base model's values there).
 """
 
 from collections.abc import Mapping
@@ -33,10 +34,12 @@ class _Layout:
 
     positions: str
     values: str
+    fingerprint: str | None = None
+    """Of the base; int64, ``(3,)``."""
 
 
 LAYOUTS = {
-    TYPE: _Layout(positions="sparse_positions", values="sparse_values"),
+    TYPE: _Layout(positions="sparse_positions", values="sparse_values", fingerprint="sparse_fingerprint"),
     "SHIRA": _Layout(positions="shira_indices", values="shira_weight"),
     "SUPERTUNING": _Layout(positions="supertuning_indices", values="supertuning_values"),
 }
@@ -78,7 +81,10 @@ def load(
         shape = _shape_of(config, layer, where) if kind == TYPE else _shape_in(weights, parameter, where)
         positions, values = tensors.read(keys["positions"]), tensors.read(keys["values"])
         try:
-            updates[parameter] = _update(kind, config, layer, positions, values, shape)
+            updates[parameter] = _update(kind, positions, values, shape)
+            if "fingerprint" in keys:
+                known = read_fingerprint(tensors.read(keys["fingerprint"]))
+                updates[parameter] = replace(updates[parameter], fingerprint=known)
         except AdapterError as error:
             raise AdapterError(f"{where}, {parameter}: {error}") from error
     base = config.get("base_model_name_or_path")
@@ -96,7 +102,7 @@ def load(
 def _sorted(tensors: TensorSource, layout: _Layout, where: str) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     """Keys of each layer's two tensors, and of what was trained whole."""
     layers, extras = dict[str, dict[str, str]](), dict[str, str]()
-    roles = {layout.positions: "positions", layout.values: "values"}
+    roles = {layout.positions: "positions", layout.values: "values", layout.fingerprint: "fingerprint"}
     adapted = {key.removeprefix(PREFIX).rpartition(".")[0] for key in tensors.entries if key.endswith(layout.values)}
     for key in sorted(tensors.entries):
         layer, _, last = key.removeprefix(PREFIX).rpartition(".")
@@ -127,18 +133,14 @@ def _sorted(tensors: TensorSource, layout: _Layout, where: str) -> tuple[dict[st
     return layers, extras
 
 
-def _update(
-    kind: str, config: Mapping[str, Any], layer: str, positions: Tensor, values: Tensor, shape: tuple[int, int]
-) -> SparseUpdate:
+def _update(kind: str, positions: Tensor, values: Tensor, shape: tuple[int, int]) -> SparseUpdate:
     if kind == "SHIRA":  # (2, nnz): row and column
         if positions.ndim != 2 or len(positions) != 2:
             raise AdapterError(f"positions are {tuple(positions.shape)}, expected (2, nnz); copy the file again")
         if not bool(((positions >= 0) & (positions < torch.tensor(shape)[:, None])).all()):
             raise AdapterError(f"rows and columns reach outside of {shape}; is this another base model?")
         positions = positions[0].long() * shape[1] + positions[1].long()
-    update = SparseUpdate.of(positions, values, shape)
-    found = config.get("fingerprints", {}).get(layer) if isinstance(config.get("fingerprints"), dict) else None
-    return update if found is None else replace(update, fingerprint=read_fingerprint(found))
+    return SparseUpdate.of(positions, values, shape)
 
 
 def _shape_of(config: Mapping[str, Any], layer: str, where: str) -> tuple[int, int]:
@@ -189,7 +191,6 @@ def save(delta: SparseDelta, directory: str | Path, *, dtype: torch.dtype | None
         "is_saved": True,
         "shapes": {layer: list(update.shape) for layer, update in updates.items()},
         "counts": {layer: len(update.positions) for layer, update in updates.items()},
-        "fingerprints": {layer: list(u.fingerprint) for layer, u in updates.items() if u.fingerprint is not None},
     }
     write_directory(Path(directory), config, tensors, f"adapter {delta.name!r}")
 
@@ -265,6 +266,8 @@ def _tensors(delta: SparseDelta, layout: _Layout, dtype: torch.dtype) -> dict[st
             )
         found[f"{PREFIX}{layer}.{layout.positions}"] = update.positions
         found[f"{PREFIX}{layer}.{layout.values}"] = stored
+        if layout.fingerprint:
+            found[f"{PREFIX}{layer}.{layout.fingerprint}"] = torch.tensor(update.fingerprint or [0] * 3)
     return found
 
 

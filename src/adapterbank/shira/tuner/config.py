@@ -50,8 +50,6 @@ class ShiraTunerConfig(PeftConfig):
     """Set on use: values of each layer."""
     shapes: dict[str, list[int]] | None = None
     """Set on use: shape of each layer's weight."""
-    fingerprints: dict[str, list[str]] | None = None
-    """Set on use: of the base model's weights at the positions, see ``adapterbank.shira.delta.fingerprint_of``."""
     calibration: dict[str, Any] | None = None
     """Set by ``calibrate``: ``how`` gradients were summed, and over how many ``batches``."""
     fan_in_fan_out: bool = False

@@ -21,6 +21,7 @@ def read_model(model: Any, adapter_name: str, name: str) -> SparseDelta:
     for layer, module in layers.items():
         found[f"{layer}.sparse_positions"] = module.sparse_positions[adapter_name]
         found[f"{layer}.sparse_values"] = module.values(adapter_name).detach()
+        found[f"{layer}.sparse_fingerprint"] = module.sparse_fingerprint[adapter_name]
     mine = tuple(f"{layer}.{PREFIX}" for layer in layers)
     head = {key: tensor for key, tensor in state.items() if not key.removeprefix("base_model.model.").startswith(mine)}
     return load(head | found, name=name, config=model.peft_config[adapter_name].to_dict())

@@ -15,7 +15,15 @@ from transformers.pytorch_utils import Conv1D
 from adapterbank.errors import AdapterBankError, AdapterError
 from adapterbank.peft_scaling import ScaledAdapters
 from adapterbank.shira import masks
-from adapterbank.shira.delta import FLOATS, check_fingerprint, fingerprint_of, gathered, put_, read_fingerprint
+from adapterbank.shira.delta import (
+    FLOATS,
+    Fingerprint,
+    check_fingerprint,
+    fingerprint_of,
+    gathered,
+    put_,
+    read_fingerprint,
+)
 from adapterbank.shira.tuner.config import ShiraTunerConfig
 from adapterbank.shira.tuner.dora import MaskedDora
 from adapterbank.shira.tuner.ops import sparse_linear
@@ -28,7 +36,9 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = ("sparse_values", "sparse_dora")
-    other_param_names: tuple[str, ...] = ("sparse_positions", "scaling", "initial_scaling", "unchecked")
+    other_param_names: tuple[str, ...] = (
+        "sparse_positions", "sparse_fingerprint", "scaling", "initial_scaling", "unchecked",
+    )  # fmt: skip
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         """Wrap a ``Linear`` or GPT-2's ``Conv1D``.
@@ -51,10 +61,12 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
         self.sparse_values = nn.ParameterDict()
         self.sparse_dora = nn.ModuleDict()
         self.sparse_positions = BufferDict(persistent=True)
+        self.sparse_fingerprint = BufferDict(persistent=True)
+        """Of the base that an adapter was loaded or last saved with; zeros before."""
         self.scaling: dict[str, float] = {}
         self.initial_scaling: dict[str, float] = {}
-        self.unchecked: dict[str, tuple[str, ...] | None] = {}
-        """Saved adapters that were not looked at yet, with the fingerprint of their base where it is known."""
+        self.unchecked: dict[str, bool] = {}
+        """Saved adapters that were not looked at yet."""
         self.merged_adapters: list[str] = []
         self._overwritten = BufferDict()
         """What merged adapters have overwritten: buffers, so that it follows the weight to other types and devices."""
@@ -82,8 +94,7 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
         if config.is_saved:  # the file brings the positions
             count = _count(config, key, self.shape[0] * self.shape[1])
             self.put_in(adapter_name, torch.zeros(count, dtype=masks.dtype_of(self.shape)))
-            found = (config.fingerprints or {}).get(key)
-            self.unchecked[adapter_name] = None if found is None else read_fingerprint(found)
+            self.unchecked[adapter_name] = True
         elif config.mask in masks.GRADIENT_KINDS:
             self.put_in(adapter_name, torch.zeros(0, dtype=masks.dtype_of(self.shape)))
         else:
@@ -101,6 +112,7 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
         """Give an adapter its positions, and values of zero; a DoRA stays."""
         device = self.get_base_layer().weight.device
         self.sparse_positions[adapter_name] = positions.to(device)
+        self.sparse_fingerprint[adapter_name] = torch.zeros(3, dtype=torch.int64, device=device)
         if adapter_name in self.sparse_dora:
             return
         if adapter_name not in self.sparse_values:
@@ -127,14 +139,19 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
             self.unmerge()
         if positions.ndim == 1 and len(positions) != len(there):
             self.put_in(adapter_name, torch.zeros_like(positions))
-        if there.any():  # of the config's own file the positions are still zeros
-            self.unchecked.pop(adapter_name, None)
-        self.unchecked.setdefault(adapter_name, None)
+        if f"{prefix}sparse_fingerprint.{adapter_name}" not in state:
+            self.sparse_fingerprint[adapter_name].zero_()  # of another file
+        self.unchecked[adapter_name] = True
 
-    def fingerprint(self, adapter_name: str) -> tuple[str, ...]:
+    def fingerprint(self, adapter_name: str) -> Fingerprint:
         """Of the base weight at an adapter's positions."""
         with self._unmerged():
             return fingerprint_of(self.get_base_layer().weight, self.sparse_positions[adapter_name])
+
+    def mark(self, adapter_name: str) -> None:
+        """Note what base an adapter is of, for its file."""
+        # in place: a state dict may be under way
+        self.sparse_fingerprint[adapter_name].copy_(torch.tensor(self.fingerprint(adapter_name)))
 
     # --- the update ---------------------------------------------------------------------------------------------------
 
@@ -182,7 +199,7 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
             raise AdapterError(
                 f"adapter {adapter_name!r} is damaged: its positions don't ascend within {total} weights; copy it again"
             )
-        expected = self.unchecked[adapter_name]
+        expected = read_fingerprint(self.sparse_fingerprint[adapter_name])
         if expected is not None and not check_fingerprint(expected, self.fingerprint(adapter_name)):
             raise AdapterError(
                 f"adapter {adapter_name!r} was made for a base model with other weights; load the one it was trained on"

@@ -78,6 +78,7 @@ class ShiraTunerModel(BaseTuner):
         layers = layers_of(model, adapter_name).values()
         for layer in layers:
             layer.check_loaded(adapter_name)
+            layer.mark(adapter_name)
         note(config, model, adapter_name)
         found: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
@@ -101,12 +102,11 @@ def layers_of(model: nn.Module, adapter_name: str) -> dict[str, SparseLayer]:
 
 
 def note(config: ShiraTunerConfig, model: nn.Module, adapter_name: str) -> None:
-    """Write into a config what its adapter changes: counts, shapes, orientation, fingerprints."""
+    """Write into a config what its adapter changes: counts, shapes, orientation."""
     layers: Any = layers_of(model, adapter_name)
     config.counts = {name: len(layer.sparse_positions[adapter_name]) for name, layer in layers.items()}
     config.shapes = {name: list(layer.shape) for name, layer in layers.items()}
     config.fan_in_fan_out = any(layer.is_conv1d for layer in layers.values())
-    config.fingerprints = {name: list(layer.fingerprint(adapter_name)) for name, layer in layers.items()}
 
 
 def _check_not_tied(model: nn.Module, target: nn.Module) -> None:
