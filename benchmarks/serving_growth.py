@@ -20,17 +20,20 @@ from adapterbank.runtime.plan import plan
 from benchmarks.cases import Case
 from benchmarks.served import BASIS_FROM, Family, engine_of
 
+ADDED = 16
+"""Members whose adding is timed."""
+
 
 def run(case: Case, seed: int) -> dict[str, Any]:
     """All four, with what was aimed at."""
     torch.set_num_threads(1)
     fields = case.fields
-    steps = [_step(members, seed, **fields["step"]) for members in fields["members"]]
+    steps = _steps(fields["members"], seed, **fields["step"])
     with tempfile.TemporaryDirectory(prefix="adapterbank-bench-") as scratch:
         stack = _Stack(Path(scratch), seed=seed, **fields["stack"])
         loading, requests = stack.loading(), stack.requests(fields["working_sets"], fields["requests"])
     planned = _planned(seed, **fields["planned"])
-    growth = steps[-1]["step_seconds"] / steps[0]["step_seconds"]
+    growth = steps[-1]["of_fewest"]
     return {
         "title": case.title,
         **{name: fields[name] for name in ("step", "stack", "planned", "requests")},
@@ -54,25 +57,36 @@ def _target(name: str, reached: float, most: float) -> dict[str, Any]:
 # --- members ----------------------------------------------------------------------------------------------------------
 
 
-def _step(members: int, seed: int, *, d: int, r: int, k: int, rows: int, rounds: int) -> dict[str, Any]:
-    """One layer, other members in every round."""
+def _steps(counts: list[int], seed: int, *, d: int, r: int, k: int, rows: int, rounds: int) -> list[dict[str, Any]]:
+    """One layer with so many members; other ones in every round, all counts in turns."""
     torch.manual_seed(seed)
     family = Family(layers={"0": (d, d)}, r=r, k=k, seed=seed)
-    model, x = nn.Sequential(nn.Linear(d, d, bias=False)).requires_grad_(False), torch.randn(rows, 1, d)
-    engine = engine_of(model, family, members)
-    new, adding = [family.adapter(i) for i in range(members, members + 16)], []
-    for adapter in new:
-        start = time.process_time()
-        engine.add(adapter)
-        adding.append(time.process_time() - start)
-    drawn, seconds = random.Random(seed), []
+    layer, x = nn.Sequential(nn.Linear(d, d, bias=False)).requires_grad_(False), torch.randn(rows, 1, d)
+    engines, adding = {count: engine_of(copy.deepcopy(layer), family, count) for count in counts}, {}
+    for count, engine in engines.items():
+        new, seconds = [family.adapter(i) for i in range(count, count + ADDED)], []
+        for adapter in new:
+            start = time.process_time()
+            engine.add(adapter)
+            seconds.append(time.process_time() - start)
+        adding[count] = median(seconds)
+    drawn, times = random.Random(seed), {count: list[float]() for count in counts}
     for _ in range(rounds + 1):
-        names = [f"a{drawn.randrange(members)}" for _ in range(rows)]
-        start = time.process_time()
-        with engine.adapters(names), torch.no_grad():
-            model(x)
-        seconds.append(time.process_time() - start)
-    return {"members": members, "step_seconds": median(seconds[1:]), "add_seconds": median(adding)}
+        for count in drawn.sample(counts, len(counts)):
+            names = [f"a{drawn.randrange(count)}" for _ in range(rows)]
+            start = time.process_time()
+            with engines[count].adapters(names), torch.no_grad():
+                engines[count].model(x)
+            times[count].append(time.process_time() - start)
+    return [
+        {
+            "members": count,
+            "step_seconds": median(times[count][1:]),
+            "of_fewest": median(a / b for a, b in zip(times[count][1:], times[counts[0]][1:], strict=True)),
+            "add_seconds": adding[count],
+        }
+        for count in counts
+    ]
 
 
 class _Stack:
