@@ -1,4 +1,4 @@
-"""Pictures drawn from the committed results: error against bytes on real adapters, time of a switch."""
+"""Pictures drawn from the committed results: error against bytes, time of a switch, time of a request."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,12 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "bit-exact": {"color": BANK, "marker": "o", "markersize": 5.5, "linewidth": 2.6, "zorder": 5},
 }
 """The lines of the switches' picture."""
+WORKING_SETS: dict[str, dict[str, Any]] = {
+    "in memory": {"color": BANK, "marker": "o", "markersize": 5.5, "linewidth": 2.6, "zorder": 5},
+    "memory for a tenth": {"color": BANK, "marker": "s", "markersize": 4, "linewidth": 1.1},
+    "PEFT, hot swapping": {"color": INK, "marker": "o", "markersize": 4, "linewidth": 1.1},
+}
+"""The lines of the working sets' picture."""
 LEFT, RIGHT, LOW, HIGH = 2.8, 150.0, 0.0015, 1.25
 
 
@@ -88,6 +94,30 @@ def draw_switching(rows: tuple[list[dict[str, Any]], list[dict[str, Any]]], path
     axes[0].set_ylabel("CPU ns for each weight of the layers", color=INK)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    return path
+
+
+def draw_working_set(rows: list[dict[str, Any]], path: Path) -> Path:
+    """CPU time of a request by the number of members that requests are for; both axes logarithmic."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "adapterbank"  # the same file from the same numbers
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axis = figure.subplots()
+    _plain(axis)
+    axis.set(xscale="log", yscale="log")
+    axis.set_xticks([row["members"] for row in rows], [f"{row['members']:,}" for row in rows])
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
+    axis.set_xlabel("members asked for, in random order", color=INK)
+    axis.set_ylabel("CPU ms a request", color=INK)
+    for name, style in WORKING_SETS.items():
+        _line(axis, [(row["members"], 1e3 * row["seconds"][name]) for row in rows], label=name, **style)
+    axis.set_ylim(bottom=0.5)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     return path

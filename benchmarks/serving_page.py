@@ -21,6 +21,8 @@ def page(results: dict[str, Result]) -> list[str]:
         parts += _layer(results["serving-layer"])
     if "serving-decoder" in results:
         parts += _decoder(results["serving-decoder"])
+    if "serving-growth" in results:
+        parts += _growth(results["serving-growth"])
     return parts
 
 
@@ -62,3 +64,45 @@ def _decoder(result: Result) -> list[str]:
         what = f"{shape['name']}, {shape['rows']} rows x {shape['tokens']} tokens{before}"
         parts.append(table([what, "step", "of the base", "setting"], rows))
     return [*parts, targets(result)]
+
+
+def _growth(result: Result) -> list[str]:
+    step, stack, planned, sizes = result["step"], result["stack"], result["planned"], result["bytes"]
+    steps = [
+        [
+            f"{row['members']:,}", f"{1e3 * row['step_seconds']:.2f} ms", f"{row['of_fewest']:.2f}",
+            f"{1e3 * row['add_seconds']:.2f} ms",
+        ]
+        for row in result["steps"]
+    ]  # fmt: skip
+    loading = [
+        [f"{LOADING[row['way']]}, {row['members']:,} members", f"{row['seconds']:.1f} s",
+         f"{1e3 * row['seconds'] / row['members']:.0f} ms"]
+        for row in result["loading"]
+    ]  # fmt: skip
+    ways = list(result["working_sets"][0]["seconds"])
+    asked = [
+        [f"{row['members']:,}", *(f"{1e3 * row['seconds'][way]:.1f} ms" for way in ways)]
+        for row in result["working_sets"]
+    ]
+    return [
+        f"## {result['title']}",
+        f"A step of one layer, {step['d']} wide, {step['rows']} rows of other members every time, with the setting of "
+        f"the rows; rank {step['r']} on {step['k']} directions. *Adding* is one more member into a running engine.",
+        table(["members", "step", f"of that at {result['steps'][0]['members']}", "adding"], steps),
+        f"From disk to ready, {stack['layers']} layers of {stack['d']}, rank {stack['r']}. A bank fitted to a ratio is "
+        "decoded; what its directions can't hold of a member is found then.",
+        table(["", "CPU time", "each"], loading),
+        f"Requests of one row for members in random order, out of so many; {result['requests'] // 2} of them, after as "
+        "many to warm up. *Memory for a tenth* holds 100 members and reads the others from the bank each time; PEFT "
+        "loads each from its directory into one slot (`hotswap_adapter`).",
+        "![CPU time of a request by working set](../pictures/serving-working-set.svg)",
+        table(["members asked for", *ways], asked),
+        f"{planned['members']:,} members of rank {planned['r']} in a model of {planned['layers']} adapted layers, "
+        f"{planned['d']} wide, on {planned['k']} directions: {sizes['measured_bytes'] / 1e9:.3g} GB, planned "
+        f"{sizes['planned_bytes'] / 1e9:.3g} GB; as full adapters at 16 bits {sizes['full_bytes'] / 1e9:.3g} GB.",
+        targets(result),
+    ]
+
+
+LOADING = {"compact": "compact bank", "by ratio": "bank fitted to a ratio of 16", "PEFT": "PEFT, `load_adapter`"}
