@@ -189,6 +189,35 @@ def test_members_come_and_go_while_the_engine_runs(bank, tmp_path):
         engine.remove("a6")
 
 
+def test_what_changes_in_the_bank_changes_in_the_engine():
+    members = adapters_for(llama(), TARGETS["llama"], n=6)
+    bank, batch = Bank.fit(members[:5], max_error=0.1), inputs_of("llama", 2)
+    engine = AdapterEngine(llama(), bank)
+    with engine.adapters(["a0", "a1"]):
+        before = logits(engine.model, batch)
+    bank.add(members[5])
+    with engine.adapters(["a5", "a1"]):
+        assert torch.equal(logits(engine.model, batch)[1], before[1])
+    bank.rename("a0", "law")
+    bank.remove("a1")
+    with engine.adapters(["law", None]):
+        torch.testing.assert_close(logits(engine.model, batch)[0], before[0], rtol=1e-4, atol=1e-5)
+    for gone in ("a0", "a1"):
+        with pytest.raises(UnknownNameError, match=f"no member '{gone}'"), engine.adapters([gone, gone]):
+            pass
+
+
+def test_a_block_that_cannot_begin_leaves_the_model_as_it_was(tmp_path):
+    bank = Bank.fit(with_heads(tmp_path, (3, 2)), max_error=0.1)
+    model, batch = bert(3), inputs_of("bert")
+    model.classifier = nn.Sequential(nn.Linear(32, 3))  # no place for the members' heads
+    engine, base = AdapterEngine(model, bank), logits(model, batch)
+    for block in (engine.adapters(["h0"] * 4), engine.merged("h0")):
+        with pytest.raises(BankError, match=r"brings classifier\.\w+, which the model has not"), block:
+            pass
+    assert torch.equal(logits(model, batch), base)
+
+
 def test_the_one_used_longest_ago_leaves_when_memory_is_full(bank):
     engine = AdapterEngine(llama(), bank)
     engine.load()
@@ -198,7 +227,7 @@ def test_the_one_used_longest_ago_leaves_when_memory_is_full(bank):
     for name in ("a0", "a1", "a0", "a2"):
         with limited.adapters([name]), engine.adapters([name]):
             assert torch.equal(logits(limited.model, batch), logits(engine.model, batch))
-    assert list(limited._read) == ["a0", "a2"]
+    assert [member.name for member in limited._read.values()] == ["a0", "a2"]
     with limited.adapters(["a0", "a1", "a2", "a3", "a4"]):  # a batch needs all of its members
         assert logits(limited.model, inputs_of("llama", 5)).isfinite().all()
 

@@ -88,7 +88,7 @@ class AdapterEngine:
         self._added: dict[str, Member] = {}
         """Members that are not in the bank."""
         self._read: OrderedDict[str, Member] = OrderedDict()
-        """Members out of the bank, the one used last at the end."""
+        """Members out of the bank by the hash of their file, the one used last at the end."""
         self._busy = threading.RLock()
 
     # --- members ------------------------------------------------------------------------------------------------------
@@ -121,10 +121,10 @@ class AdapterEngine:
         Raises:
             UnknownNameError: If there is none.
         """
-        if name not in self._added and name not in self._read and name not in self.bank:
-            raise UnknownNameError(f"there is no member {name!r}")
-        self._added.pop(name, None)
-        self._read.pop(name, None)
+        if name in self._added:
+            del self._added[name]
+        else:
+            self._read.pop(self._hash(name), None)
 
     def load(
         self, names: Sequence[str] | None = None, *, progress: Callable[[str, int, int], None] | None = None
@@ -144,21 +144,26 @@ class AdapterEngine:
     def _member(self, name: str) -> Member:
         if name in self._added:
             return self._added[name]
-        if name not in self._read:
-            if name not in self.bank:
-                raise UnknownNameError(f"there is no member {name!r}; the bank has {len(self.bank)}")
-            self._read[name] = self._splitter.split(self.bank.reconstruct(name))
-            self._make_room(name)
-        self._read.move_to_end(name)
-        return self._read[name]
+        digest = self._hash(name)
+        if digest not in self._read:
+            self._read[digest] = self._splitter.split(self.bank.reconstruct(name))
+            self._make_room(digest)
+        self._read.move_to_end(digest)
+        return self._read[digest]
+
+    def _hash(self, name: str) -> str:
+        """Of a member's file: the bank may have another of this name by now."""
+        if name not in self.bank:
+            raise UnknownNameError(f"there is no member {name!r}; the bank has {len(self.bank)}")
+        return self.bank[name].sha256
 
     def _make_room(self, newest: str) -> None:
         if self.memory is not None:
             held = sum(member.bytes for member in self._read.values())
-            for name in list(self._read):
-                if held <= self.memory or name == newest:
+            for digest in list(self._read):
+                if held <= self.memory or digest == newest:
                     return
-                held -= self._read.pop(name).bytes
+                held -= self._read.pop(digest).bytes
 
     # --- batches ------------------------------------------------------------------------------------------------------
 
@@ -180,8 +185,8 @@ class AdapterEngine:
             members = [self._member(name) for name in distinct]
             which = [-1 if name is None else distinct.index(name) for name in rows]
             before = self._state()
-            self._activate(members, which)
             try:
+                self._activate(members, which)
                 yield
             finally:
                 self._restore(before)
@@ -198,13 +203,13 @@ class AdapterEngine:
         """
         with self._busy:
             member, before = self._member(name), self._state()
-            self._activate([], [])
-            for place, state in self._head_states(member).items():
-                self._head(place).active = [(state, None)]
             layers = {place: self._layers[place] for place in member.layout.places}
-            weights = [layer.weight() for layer in layers.values()]
+            weights, heads = [layer.weight() for layer in layers.values()], self._head_states(member)
             saved = [weight.detach().clone() for weight in weights]
             try:
+                self._activate([], [])
+                for place, state in heads.items():
+                    self._head(place).active = [(state, None)]
                 with torch.no_grad():
                     for (place, layer), weight in zip(layers.items(), weights, strict=True):
                         weight += layer.dense(place, member).to(weight)
