@@ -73,7 +73,7 @@ def _steps(counts: list[int], seed: int, *, d: int, r: int, k: int, rows: int, r
     drawn, times = random.Random(seed), {count: list[float]() for count in counts}
     for _ in range(rounds + 1):
         for count in drawn.sample(counts, len(counts)):
-            names = [f"a{drawn.randrange(count)}" for _ in range(rows)]
+            names = [f"a{i}" for i in drawn.sample(range(count), rows)]
             start = time.process_time()
             with engines[count].adapters(names), torch.no_grad():
                 engines[count].model(x)
