@@ -88,7 +88,8 @@ def _growth(result: Result) -> list[str]:
     return [
         f"## {result['title']}",
         f"A step of one layer, {step['d']} wide, {step['rows']} rows of as many other members every time, with the "
-        f"setting of the rows; rank {step['r']} on {step['k']} directions. *Adding* is one more member into a running engine.",
+        f"setting of the rows; rank {step['r']} on {step['k']} directions. *Adding* is one more member into a running "
+        "engine.",
         table(["members", "step", f"of that at {result['steps'][0]['members']}", "adding"], steps),
         f"From disk to ready, {stack['layers']} layers of {stack['d']}, rank {stack['r']}. A bank fitted to a ratio is "
         "decoded; what its directions can't hold of a member is found then.",
