@@ -100,7 +100,7 @@ def draw_switching(rows: tuple[list[dict[str, Any]], list[dict[str, Any]]], path
 
 
 def draw_working_set(rows: list[dict[str, Any]], path: Path) -> Path:
-    """CPU time of a request by the number of members that requests are for; both axes logarithmic."""
+    """CPU time of a request by the number of members that requests are for."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -108,15 +108,14 @@ def draw_working_set(rows: list[dict[str, Any]], path: Path) -> Path:
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axis = figure.subplots()
     _plain(axis)
-    axis.set(xscale="log", yscale="log")
+    axis.set(xscale="log")
     axis.set_xticks([row["members"] for row in rows], [f"{row['members']:,}" for row in rows])
-    axis.yaxis.set_major_formatter("{x:g}")
     axis.minorticks_off()
     axis.set_xlabel("members asked for, in random order", color=INK)
     axis.set_ylabel("CPU ms a request", color=INK)
     for name, style in WORKING_SETS.items():
         _line(axis, [(row["members"], 1e3 * row["seconds"][name]) for row in rows], label=name, **style)
-    axis.set_ylim(bottom=0.5)
+    axis.set_ylim(bottom=0)
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
