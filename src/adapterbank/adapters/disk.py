@@ -26,7 +26,7 @@ def _lock(handle: int) -> None:
     try:
         import fcntl
     except ImportError:  # Windows
-        import msvcrt
+        import msvcrt  # mypy, on other systems, finds nothing in it
 
         msvcrt.locking(handle, msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined,unused-ignore]
     else:

@@ -2,12 +2,12 @@
 
 from dataclasses import asdict
 from enum import Enum
-from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
 
-from adapterbank.cli.app import BankPath, Json, count, fail, print_json, print_table, say
+from adapterbank.cli.app import BankPath, Json, count, print_json, print_table, say
+from adapterbank.cli.shira import base_model
 
 
 class Bits(str, Enum):
@@ -63,17 +63,12 @@ def plan(
 
 
 def _base(model: str) -> tuple[int, Any]:
-    """Bytes and type of a model's weights."""
-    if find_spec("transformers") is None:
-        fail("--model needs transformers: pip install 'adapterbank[peft]'")
+    """Bytes of a model's body, which is what adapters need, and the type of its weights."""
     import torch
-    from transformers import AutoConfig, AutoModel
 
-    config = AutoConfig.from_pretrained(model)
-    with torch.device("meta"):
-        dtype = getattr(config, "dtype", None) or torch.float32
-        skeleton = AutoModel.from_config(config)
-    return sum(parameter.numel() for parameter in skeleton.parameters()) * dtype.itemsize, dtype
+    body = base_model(model).base_model
+    dtype = getattr(body.config, "dtype", None) or torch.float32
+    return sum(parameter.numel() for parameter in body.parameters()) * dtype.itemsize, dtype
 
 
 def _size(count: int | None) -> str:

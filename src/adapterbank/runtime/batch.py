@@ -8,7 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from adapterbank.runtime.members import Layout, Member, Private, Stacked
+from adapterbank.runtime.members import Layout, Member, Private
+from adapterbank.runtime.packing import Packed
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,7 +47,9 @@ def rows_of(members: Sequence[Member], which: Sequence[int]) -> dict[str, Rows]:
     for row, i in enumerate(which):
         if i >= 0:
             groups.setdefault(members[i].layout, []).append(row)
-    found = {layout: Stacked.of([members[which[row]] for row in rows]) for layout, rows in groups.items()}
+    found = {
+        layout: Packed.stacked([members[which[row]].coefficients for row in rows]) for layout, rows in groups.items()
+    }
     layers = dict.fromkeys(layer for layout in groups for layer, place in layout.places.items() if place.r)
     return {layer: _rows(layer, groups, found, members, which) for layer in layers}
 
@@ -54,7 +57,7 @@ def rows_of(members: Sequence[Member], which: Sequence[int]) -> dict[str, Rows]:
 def _rows(
     layer: str,
     groups: dict[Layout, list[int]],
-    stacked: dict[Layout, Stacked],
+    stacked: dict[Layout, Packed],
     members: Sequence[Member],
     which: Sequence[int],
 ) -> Rows:

@@ -77,10 +77,10 @@ class AdapterEngine:
         crossover: float | None = None,
     ) -> None:
         self.model, self.bank = model, bank if isinstance(bank, Bank) else Bank.load(Path(bank).expanduser())
-        self.bits, self.memory = bits, memory
-        self._names = _layers_of(self.bank, model)
+        self.memory = memory
+        layers = _layers_of(self.bank, model)
         basis = self.bank.basis(directions(self.bank) if k is None else k)
-        bases = {layer: LayerBasis.of(basis.modules[module]) for module, layer in self._names.items()}
+        bases = {layer: LayerBasis.of(basis.modules[module]) for module, layer in layers.items()}
         dtype = next((p.dtype for p in model.parameters() if p.dtype in COMPUTE), torch.float32)
         self._layers = {name: ServedLayer(model.get_submodule(name), bases[name], dtype, crossover) for name in bases}
         self._splitter = Splitter(bases, bits)

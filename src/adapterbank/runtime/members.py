@@ -1,6 +1,6 @@
 """Members of a bank as the engine keeps them: coefficients on the layers' bases, and what these can't hold."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,11 +36,6 @@ class LayerBasis:
             return cls(V=torch.zeros(0, d_in), U=torch.zeros(d_out, 0))
         return cls(V=_with(basis.V, basis.mean_in), U=_with(basis.U.T, basis.mean_out).T.contiguous())
 
-    @property
-    def bytes(self) -> int:
-        """In memory."""
-        return self.V.nbytes + self.U.nbytes
-
 
 def _with(rows: Float[Tensor, "k d"], mean: Float[Tensor, " d"] | None) -> Float[Tensor, "_ d"]:
     if mean is None:
@@ -64,33 +59,19 @@ class Place:
     row: int
     """Of its rows, ``2 r`` of them."""
 
-    def of(self, packed: "Stacked") -> tuple[Float[Tensor, "m r k_in"], Float[Tensor, "m k_out r"]]:
-        """``coef_A`` and ``coef_B`` of several members, in float32."""
+    def of(self, packed: Packed) -> tuple[Float[Tensor, "m r k_in"], Float[Tensor, "m k_out r"]]:
+        """``coef_A`` and ``coef_B`` of stacked members, in float32."""
         middle = self.start + self.r * self.k_in
-        coef_A = packed.matrix(self.start, self.row, self.r, self.k_in)
-        return coef_A, packed.matrix(middle, self.row + self.r, self.r, self.k_out).mT
+        coef_A = _matrix(packed, self.start, self.row, (self.r, self.k_in))
+        return coef_A, _matrix(packed, middle, self.row + self.r, (self.r, self.k_out)).mT
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Stacked:
-    """Coefficients of ``m`` members of one layout, one in each row."""
-
-    codes: Tensor
-    """``(m, values)``."""
-    steps: Float[Tensor, "m rows"] | None
-
-    @classmethod
-    def of(cls, members: "Sequence[Member]") -> "Stacked":
-        """Of members in any order; one may come twice."""
-        steps = [member.coefficients.steps for member in members if member.coefficients.steps is not None]
-        codes = torch.stack([member.coefficients.codes for member in members])
-        return cls(codes=codes, steps=torch.stack(steps) if steps else None)
-
-    def matrix(self, start: int, row: int, rows: int, columns: int) -> Float[Tensor, "m rows columns"]:
-        """A matrix of each member, unpacked: from value ``start`` and row ``row`` on."""
-        m = len(self.codes)
-        codes = self.codes[:, start : start + rows * columns].view(m, rows, columns)
-        return codes if self.steps is None else codes.float().mul_(self.steps[:, row : row + rows, None])
+def _matrix(packed: Packed, start: int, row: int, shape: tuple[int, int]) -> Float[Tensor, "m rows columns"]:
+    """One matrix of each member: from value ``start`` and row ``row`` on."""
+    rows, columns = shape
+    codes = packed.codes[:, start : start + rows * columns].view(len(packed.codes), rows, columns)
+    steps = None if packed.steps is None else packed.steps[:, row : row + rows, None]
+    return Packed(codes=codes, steps=steps).unpacked()
 
 
 class Layout:
@@ -146,7 +127,7 @@ class Member:
 
     def factors(self, layer: str, basis: LayerBasis) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
         """``A', B'`` at scale 1, in float32."""
-        coef_A, coef_B = self.layout.places[layer].of(Stacked.of([self]))
+        coef_A, coef_B = self.layout.places[layer].of(Packed.stacked([self.coefficients]))
         A, B, private = coef_A[0] @ basis.V, basis.U @ coef_B[0], self.private.get(layer)
         if private is not None:
             A = A if private.A is None else A + private.A.unpacked()

@@ -46,7 +46,7 @@ class Packed:
 
     @classmethod
     def stacked(cls, matrices: "Sequence[Packed]") -> "Packed":
-        """Matrices of one shape as ``(m, rows, columns)``."""
+        """Several of one shape, with an axis ``m`` in front."""
         steps = [matrix.steps for matrix in matrices if matrix.steps is not None]
         return cls(
             codes=torch.stack([matrix.codes for matrix in matrices]), steps=torch.stack(steps) if steps else None

@@ -62,10 +62,8 @@ def plan(
     names = [bank.names[i * len(bank) // count] for i in range(count)]
     read = [splitter.split(bank.reconstruct(name)) for name in names]
     # by values: members of other ranks take more or less in the same measure
-    values, growth = (
-        sum(bank[name].values for name in bank.names),
-        1.0 if members is None else members / max(1, len(bank)),
-    )
+    values = sum(bank[name].values for name in bank.names)
+    growth = 1.0 if members is None else members / max(1, len(bank))
     share = growth * values / max(1, sum(bank[name].values for name in names))
     return Plan(
         members=len(bank) if members is None else members,
