@@ -133,7 +133,7 @@ class _Stack:
         """CPU seconds of a request of one row, by the number of members that requests are for, in random order."""
         engine = AdapterEngine(copy.deepcopy(self.model), self.folder / "compact")
         engine.load()
-        one = max(member.bytes for member in engine._read.values())
+        one = max(member.bytes for member in engine._members.held)
         limited = AdapterEngine(copy.deepcopy(self.model), self.folder / "compact", memory=working_sets[-2] * one)
         swapped = self._peft(1)
 

@@ -75,7 +75,9 @@ TABLE = {
     ),
     # one loop for both tuners
     "training": Rule(parts={"tuner", "shira", "bank", "adapters", "errors"}, third={"peft", "transformers"}),
-    "runtime": Rule(parts={"bank", "adapters", "shira", "errors"}, lazy={"transformers", "triton"}),
+    "runtime": Rule(
+        parts={"bank", "adapters", "shira", "errors"}, third={"safetensors"}, lazy={"transformers", "triton"}
+    ),
     "serve": Rule(
         parts={"runtime", "bank", "adapters", "errors"},
         third={"fastapi", "pydantic", "starlette", "uvicorn"},

@@ -16,6 +16,7 @@ from adapterbank.adapters import LoraAdapter
 from adapterbank.bank import Bank
 from adapterbank.errors import AdapterBankError, BankError, UnknownNameError
 from adapterbank.runtime import AdapterEngine
+from serving import alike, exported, inputs_of, logits
 from tiny_models import MODELS, TARGETS, adapters_for, bert, factors, layers_to_adapt, llama
 
 KINDS = {
@@ -26,29 +27,6 @@ KINDS = {
 }
 # PEFT 0.21 sets it itself, and says so
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
-
-
-def inputs_of(name, rows=4):
-    ids = torch.randint(3, 50, (rows, 6), generator=torch.Generator().manual_seed(1))
-    return {"input_ids": ids} | ({"decoder_input_ids": ids[:, :3]} if name == "t5" else {})
-
-
-def logits(model, batch):
-    with torch.no_grad():
-        return model(**batch).logits
-
-
-def exported(bank, name, make, folder):
-    """Stock PEFT with the exported adapter."""
-    bank.export(name, folder / name)
-    return PeftModel.from_pretrained(make(), folder / name).eval()
-
-
-def alike(found, expected, base, tolerance=1e-3):
-    """As near as it matters: a thousandth of what the adapter changes."""
-    effect = float((expected - base).abs().max())
-    assert effect > 1e-5
-    assert float((found - expected).abs().max()) < tolerance * effect + 1e-6
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +161,7 @@ def test_members_come_and_go_while_the_engine_runs(bank, tmp_path):
     with pytest.raises(BankError, match="there is a member 'a6' already"):
         engine.add(new)
     engine.remove("a6")
-    with pytest.raises(UnknownNameError, match="there is no member 'a6'; the bank has 5"), engine.adapters(["a6"]):
+    with pytest.raises(UnknownNameError, match="there is no member 'a6'; there are 5"), engine.adapters(["a6"]):
         pass
     with pytest.raises(UnknownNameError):
         engine.remove("a6")
@@ -222,12 +200,12 @@ def test_the_one_used_longest_ago_leaves_when_memory_is_full(bank):
     engine = AdapterEngine(llama(), bank)
     engine.load()
     assert engine.report().members == 5
-    one = next(iter(engine._read.values())).bytes
+    one = engine._members.held[0].bytes
     limited, batch = AdapterEngine(llama(), bank, memory=2 * one + 1), inputs_of("llama", 1)
     for name in ("a0", "a1", "a0", "a2"):
         with limited.adapters([name]), engine.adapters([name]):
             assert torch.equal(logits(limited.model, batch), logits(engine.model, batch))
-    assert [member.name for member in limited._read.values()] == ["a0", "a2"]
+    assert [member.name for member in limited._members.held] == ["a0", "a2"]
     with limited.adapters(["a0", "a1", "a2", "a3", "a4"]):  # a batch needs all of its members
         assert logits(limited.model, inputs_of("llama", 5)).isfinite().all()
 

@@ -32,7 +32,7 @@ def test_a_sample_stands_for_all():
     engine.load()
     assert plan(bank).sampled == SAMPLE
     assert plan(bank).bytes == pytest.approx(
-        sum(m.bytes for m in engine._read.values()) + engine.report().basis_bytes, rel=0.05
+        sum(m.bytes for m in engine._members.held) + engine.report().basis_bytes, rel=0.05
     )
 
 

@@ -124,7 +124,7 @@ def _targets(adapter: LoraAdapter, base: nn.Module, where: str) -> dict[str, str
                 f"{where}, {module}: the model ({type(base).__name__}) has no such module; "
                 f"is it the base of this adapter ({adapter.base})?"
             )
-        found = _sizes(layers[targets[module]])
+        found = layer_sizes(layers[targets[module]])
         if found is not None and found != (shape.d_in, shape.d_out):
             raise AdapterError(
                 f"{where}, {module}: the model's layer maps {found[0]} to {found[1]} features, the adapter "
@@ -139,7 +139,8 @@ def _targets(adapter: LoraAdapter, base: nn.Module, where: str) -> dict[str, str
     return targets
 
 
-def _sizes(layer: Any) -> tuple[int, int] | None:
+def layer_sizes(layer: Any) -> tuple[int, int] | None:
+    """``(d_in, d_out)`` of a linear layer, also of a quantised one; none of other modules."""
     if hasattr(layer, "in_features"):
         return int(layer.in_features), int(layer.out_features)
     if hasattr(layer, "nf"):  # transformers' Conv1D

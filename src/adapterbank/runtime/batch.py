@@ -1,6 +1,6 @@
 """From the members of a batch to what each layer needs for it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from adapterbank.errors import AdapterBankError
 from adapterbank.runtime.members import Layout, Member, Private
 from adapterbank.runtime.packing import Packed
 
@@ -36,16 +37,29 @@ class Rows:
         )
 
 
-def rows_of(members: Sequence[Member], which: Sequence[int]) -> dict[str, Rows]:
+def by_row(tensor: Float[Tensor, "..."], batch: int) -> Float[Tensor, "batch t d"]:
+    """A layer's input or output as rows of tokens: beams of a row, and tokens where a model flattens them, follow.
+
+    Raises:
+        AdapterBankError: If it can't be divided among so many rows.
+    """
+    if tensor.shape[0] % batch:
+        raise AdapterBankError(
+            f"a layer sees {tensor.shape[0]} rows in a batch of {batch} adapters; give one name for every row"
+        )
+    return tensor.reshape(batch, -1, tensor.shape[-1])
+
+
+def rows_of(members: Mapping[int, Member], which: Sequence[int]) -> dict[str, Rows]:
     """What each layer needs; layers that no row changes are left out.
 
     Args:
-        members: Of the batch, each once.
-        which: Member of each row, -1 for the base model.
+        members: Of the batch, each once, by number.
+        which: Number of each row; others than those of ``members`` are passed over.
     """
     groups = dict[Layout, list[int]]()  # rows by layout: members alike are unpacked together
     for row, i in enumerate(which):
-        if i >= 0:
+        if i in members:
             groups.setdefault(members[i].layout, []).append(row)
     found = {
         layout: Packed.stacked([members[which[row]].coefficients for row in rows]) for layout, rows in groups.items()
@@ -58,7 +72,7 @@ def _rows(
     layer: str,
     groups: dict[Layout, list[int]],
     stacked: dict[Layout, Packed],
-    members: Sequence[Member],
+    members: Mapping[int, Member],
     which: Sequence[int],
 ) -> Rows:
     having = [(layout, rows) for layout, rows in groups.items() if layer in layout.places and layout.places[layer].r]

@@ -1,7 +1,6 @@
 """``AdapterEngine``: one model, thousands of members of a bank, any mix of them in one batch."""
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,12 +12,19 @@ from torch import Tensor, nn
 
 from adapterbank.adapters import LoraAdapter
 from adapterbank.adapters.names import check_name, match_modules
+from adapterbank.adapters.peft_config import peft_type
+from adapterbank.adapters.peft_files import open_source
 from adapterbank.bank import Bank
-from adapterbank.errors import BankError, UnknownNameError
+from adapterbank.errors import BankError
 from adapterbank.runtime.batch import rows_of
 from adapterbank.runtime.heads import ServedHead, State
 from adapterbank.runtime.layer import COMPUTE, ServedLayer
 from adapterbank.runtime.members import LayerBasis, Member, Splitter, directions
+from adapterbank.runtime.shelf import Shelf
+from adapterbank.runtime.sparse import SparseLayer, SparseMember
+from adapterbank.runtime.store import MemberStore, Served
+from adapterbank.shira import SparseDelta, SparseUpdate
+from adapterbank.shira.files import LAYOUTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +39,8 @@ class Report:
     """Of the members' coefficients."""
     private_bytes: int
     """Of what the shared directions can't hold."""
+    sparse_bytes: int
+    """Of sparse adapters."""
     head_bytes: int
     private_work: float
     """Share of a token's products that go through remainders of its own member. Where it is large, serve from a copy of
@@ -53,12 +61,14 @@ class AdapterEngine:
 
     Args:
         model: Any ``nn.Module`` that has the bank's layers; its names may have other leading parts.
-        bank: The bank or its directory.
+        bank: The bank or its directory; none: only sparse adapters are added.
         k: Shared directions a side; by default as many as the bank stores in any layer, at least 32. What they can't
             hold of a member is added by itself.
         bits: Of a value in memory: 16 (off by ``2**-16`` of a row's largest), 32, or 8.
-        memory: Bytes that members may take; the one used longest ago goes first, and is read from the bank again when
-            it is needed. By default there is no limit.
+        memory: Bytes that members may take; the one used longest ago goes first, and is read again when it is needed.
+            By default there is no limit.
+        cache: Directory where members are kept in the form in which they're served. They're mapped from there, now and
+            by later engines, which is faster than decoding them again. By default there is none.
         crossover: Tokens a row from which a member's factors are built for the step; by default ``k r / (k - r)``.
 
     Raises:
@@ -69,26 +79,23 @@ class AdapterEngine:
     def __init__(
         self,
         model: nn.Module,
-        bank: Bank | str | Path,
+        bank: Bank | str | Path | None = None,
         *,
         k: int | None = None,
         bits: int = 16,
         memory: int | None = None,
+        cache: str | Path | None = None,
         crossover: float | None = None,
     ) -> None:
-        self.model, self.bank = model, bank if isinstance(bank, Bank) else Bank.load(Path(bank).expanduser())
-        self.memory = memory
-        layers = _layers_of(self.bank, model)
-        basis = self.bank.basis(directions(self.bank) if k is None else k)
-        bases = {layer: LayerBasis.of(basis.modules[module]) for module, layer in layers.items()}
+        self.model, self.bank = model, Bank.load(Path(bank).expanduser()) if isinstance(bank, (str, Path)) else bank
+        bases, recipe = _bases(self.bank, model, k)
         dtype = next((p.dtype for p in model.parameters() if p.dtype in COMPUTE), torch.float32)
-        self._layers = {name: ServedLayer(model.get_submodule(name), bases[name], dtype, crossover) for name in bases}
         self._splitter = Splitter(bases, bits)
+        shelf = None if cache is None else Shelf(cache, recipe, self._splitter)
+        self._members = MemberStore(self.bank, self._splitter, memory=memory, shelf=shelf)
+        self._layers = {name: ServedLayer(model.get_submodule(name), bases[name], dtype, crossover) for name in bases}
+        self._sparse: dict[str, SparseLayer] = {}
         self._heads: dict[str, ServedHead] = {}
-        self._added: dict[str, Member] = {}
-        """Members that are not in the bank."""
-        self._read: OrderedDict[str, Member] = OrderedDict()
-        """Members out of the bank by the hash of their file, the one used last at the end."""
         self._busy = threading.RLock()
 
     # --- members ------------------------------------------------------------------------------------------------------
@@ -96,24 +103,27 @@ class AdapterEngine:
     @property
     def names(self) -> list[str]:
         """Of all members: the bank's, then those that were added here."""
-        return [*self.bank.names, *self._added]
+        return self._members.names
 
-    def add(self, adapter: LoraAdapter | str | Path, *, name: str | None = None) -> None:
+    def add(self, adapter: LoraAdapter | SparseDelta | str | Path, *, name: str | None = None) -> None:
         """Serve an adapter that is not in the bank, beside those that are; running contexts go on.
 
         Args:
-            adapter: The adapter, its directory, file or hub id.
+            adapter: A LoRA or a sparse adapter, or its directory, file or hub id.
             name: By default its own.
 
         Raises:
-            BankError: If the name is taken, or the adapter doesn't fit the bank's layers.
-            AdapterError: If it can't be read.
+            BankError: If the name is taken, or the adapter doesn't fit the bank's layers, or a sparse one the model's.
+            AdapterError: If it can't be read, or a sparse one is of another base model.
         """
-        loaded = adapter if isinstance(adapter, LoraAdapter) else LoraAdapter.load(adapter, name=name)
+        loaded = _opened(adapter, name, self.model) if isinstance(adapter, (str, Path)) else adapter
         name = check_name(name or loaded.name)
         if name in self.names:
             raise BankError(f"there is a member {name!r} already; remove it, or give another name")
-        self._added[name] = self._splitter.split(loaded)
+        if isinstance(loaded, SparseDelta):
+            self._members.add(name, SparseMember.of(loaded, self.model))
+        else:
+            self._members.add(name, self._splitter.split(loaded))
 
     def remove(self, name: str) -> None:
         """Forget a member that was added here; one of the bank goes with ``Bank.remove``, and here from memory.
@@ -121,10 +131,7 @@ class AdapterEngine:
         Raises:
             UnknownNameError: If there is none.
         """
-        if name in self._added:
-            del self._added[name]
-        else:
-            self._read.pop(self._hash(name), None)
+        self._members.remove(name)
 
     def load(
         self, names: Sequence[str] | None = None, *, progress: Callable[[str, int, int], None] | None = None
@@ -135,35 +142,11 @@ class AdapterEngine:
             UnknownNameError: If there is no such member.
             BankError: If a file is damaged.
         """
-        wanted = list(self.bank.names if names is None else names)
+        wanted = self.names if names is None else list(names)
         for done, name in enumerate(wanted, start=1):
-            self._member(name)
+            self._members[name]
             if progress:
                 progress("load members", done, len(wanted))
-
-    def _member(self, name: str) -> Member:
-        if name in self._added:
-            return self._added[name]
-        digest = self._hash(name)
-        if digest not in self._read:
-            self._read[digest] = self._splitter.split(self.bank.reconstruct(name))
-            self._make_room(digest)
-        self._read.move_to_end(digest)
-        return self._read[digest]
-
-    def _hash(self, name: str) -> str:
-        """Of a member's file: the bank may have another of this name by now."""
-        if name not in self.bank:
-            raise UnknownNameError(f"there is no member {name!r}; the bank has {len(self.bank)}")
-        return self.bank[name].sha256
-
-    def _make_room(self, newest: str) -> None:
-        if self.memory is not None:
-            held = sum(member.bytes for member in self._read.values())
-            for digest in list(self._read):
-                if held <= self.memory or digest == newest:
-                    return
-                held -= self._read.pop(digest).bytes
 
     # --- batches ------------------------------------------------------------------------------------------------------
 
@@ -182,7 +165,7 @@ class AdapterEngine:
         """
         with self._busy:
             distinct = list(dict.fromkeys(name for name in rows if name is not None))
-            members = [self._member(name) for name in distinct]
+            members = [self._members[name] for name in distinct]
             which = [-1 if name is None else distinct.index(name) for name in rows]
             before = self._state()
             try:
@@ -195,35 +178,60 @@ class AdapterEngine:
     def merged(self, name: str) -> Iterator[None]:
         """Inside the block, every row is served by one member, written into the weights: no cost per token.
 
-        Afterwards the weights are the base model's, bit for bit: they are copied for the while.
+        Afterwards the weights are the base model's, bit for bit: what is overwritten is copied for the while.
 
         Raises:
             UnknownNameError: If there is no such member.
             BankError: If a weight is quantised, or a file is damaged.
         """
         with self._busy:
-            member, before = self._member(name), self._state()
-            layers = {place: self._layers[place] for place in member.layout.places}
-            weights, heads = [layer.weight() for layer in layers.values()], self._head_states(member)
-            saved = [weight.detach().clone() for weight in weights]
+            member, before = self._members[name], self._state()
+            heads = self._head_states(member)
             try:
                 self._activate([], [])
                 for place, state in heads.items():
                     self._head(place).active = [(state, None)]
-                with torch.no_grad():
-                    for (place, layer), weight in zip(layers.items(), weights, strict=True):
-                        weight += layer.dense(place, member).to(weight)
-                yield
+                with self._written(member):
+                    yield
             finally:
-                with torch.no_grad():
-                    for weight, value in zip(weights, saved, strict=True):
-                        weight.copy_(value)
                 self._restore(before)
 
-    def _activate(self, members: Sequence[Member], which: Sequence[int]) -> None:
-        found = rows_of(members, which)
+    @contextmanager
+    def _written(self, member: Served) -> Iterator[None]:
+        if isinstance(member, SparseMember):
+            overwritten = member.delta.apply_(self.model, heads=False)
+            try:
+                yield
+            finally:
+                member.delta.restore_(self.model, overwritten)
+            return
+        layers = {place: self._layers[place] for place in member.layout.places}
+        weights = [layer.weight() for layer in layers.values()]
+        saved = [weight.detach().clone() for weight in weights]
+        try:
+            with torch.no_grad():
+                for (place, layer), weight in zip(layers.items(), weights, strict=True):
+                    weight += layer.dense(place, member).to(weight)
+            yield
+        finally:
+            with torch.no_grad():
+                for weight, value in zip(weights, saved, strict=True):
+                    weight.copy_(value)
+
+    def _activate(self, members: Sequence[Served], which: Sequence[int]) -> None:
+        found = rows_of({i: member for i, member in enumerate(members) if isinstance(member, Member)}, which)
         for name, layer in self._layers.items():
             layer.activate(found.get(name))
+        groups = dict[str, list[tuple[list[int], SparseUpdate]]]()
+        for i, member in enumerate(members):
+            if isinstance(member, SparseMember):
+                rows = [row for row, number in enumerate(which) if number == i]
+                for name, update in member.updates.items():
+                    groups.setdefault(name, []).append((rows, update))
+        for name in groups.keys() - self._sparse.keys():
+            self._sparse[name] = SparseLayer(self.model.get_submodule(name))
+        for name, sparse in self._sparse.items():
+            sparse.activate(groups.get(name, []), len(which))
         states = [self._head_states(member) for member in members]
         for name in {name for of in states for name in of}:
             self._head(name)
@@ -235,7 +243,7 @@ class AdapterEngine:
             self._heads[name] = ServedHead(self.model.get_submodule(name))
         return self._heads[name]
 
-    def _head_states(self, member: Member) -> dict[str, State]:
+    def _head_states(self, member: Served) -> dict[str, State]:
         """Tensors of a member's heads by the model's module that they belong to."""
         if not member.heads:
             return {}
@@ -248,46 +256,74 @@ class AdapterEngine:
             module, _, last = places[key].rpartition(".")
             found.setdefault(module, {})[last] = tensor
         for module in found:
-            if module in self._layers or module not in modules:
+            if module in self._layers or module in self._sparse or module not in modules:
                 raise BankError(f"member {member.name!r} trains {module} beside its update; restore and merge it")
         return dict(found)
 
-    def _state(self) -> tuple[list[Any], list[Any]]:
-        return [layer.active for layer in self._layers.values()], [head.active for head in self._heads.values()]
+    def _hooked(self) -> list[ServedLayer | SparseLayer | ServedHead]:
+        return [*self._layers.values(), *self._sparse.values(), *self._heads.values()]
 
-    def _restore(self, before: tuple[list[Any], list[Any]]) -> None:
-        for layer, active in zip(self._layers.values(), before[0], strict=True):
-            layer.active = active
-        for i, head in enumerate(self._heads.values()):  # some may be new
-            head.active = before[1][i] if i < len(before[1]) else []
+    def _state(self) -> list[tuple[Any, Any]]:
+        return [(hooked, hooked.active) for hooked in self._hooked()]
+
+    def _restore(self, before: list[tuple[Any, Any]]) -> None:
+        for hooked in self._hooked():
+            hooked.active = None  # some are new
+        for hooked, active in before:
+            hooked.active = active
 
     # --- what it is ---------------------------------------------------------------------------------------------------
 
     def report(self) -> Report:
         """Bytes of what is in memory, and how much of the work is private."""
-        members = [*self._read.values(), *self._added.values()]
+        held = self._members.held
+        members = [member for member in held if isinstance(member, Member)]
         places = [place for member in members for place in member.layout.places.values()]
         private = [part for member in members for part in member.private.values()]
         bases = [self._layers[place.layer].basis for place in places]
         common = sum(basis.V.numel() + basis.U.numel() for basis in bases)
         common += sum(place.r * (place.k_in + place.k_out) for place in places)
         own = sum(part.values for part in private)
+        head_bytes = sum(head.nbytes for member in held for head in member.heads.values())
+        shared_bytes = sum(member.coefficients.bytes for member in members)
+        private_bytes = sum(part.bytes for part in private)
         return Report(
-            members=len(members),
+            members=len(held),
             basis_bytes=sum(layer.bytes for layer in self._layers.values()),
-            shared_bytes=sum(member.coefficients.bytes for member in members),
-            private_bytes=sum(part.bytes for part in private),
-            head_bytes=sum(head.nbytes for member in members for head in member.heads.values()),
+            shared_bytes=shared_bytes,
+            private_bytes=private_bytes,
+            sparse_bytes=sum(member.bytes for member in held) - shared_bytes - private_bytes - head_bytes,
+            head_bytes=head_bytes,
             private_work=own / (common + own) if own else 0.0,
         )
 
     def close(self) -> None:
         """Leave the model as it was."""
-        for layer in self._layers.values():
-            layer.release()
-        for head in self._heads.values():
-            head.release()
-        self._layers, self._heads = {}, {}
+        for hooked in self._hooked():
+            hooked.release()
+        self._layers, self._sparse, self._heads = {}, {}, {}
+
+
+def _opened(source: str | Path, name: str | None, model: nn.Module) -> LoraAdapter | SparseDelta:
+    """Whatever kind of adapter it is."""
+    _, config, _ = open_source(source, name=name, config=None, allow_pickle=False)
+    if peft_type(config) in LAYOUTS:
+        return SparseDelta.load(source, name=name, model=model)
+    return LoraAdapter.load(source, name=name)
+
+
+def _bases(bank: Bank | None, model: nn.Module, k: int | None) -> tuple[dict[str, LayerBasis], str]:
+    """By layer of the model, and what names them.
+
+    Raises:
+        BankError: If the model lacks a layer, or the bank can't give ``k``.
+    """
+    if bank is None:
+        return {}, ""
+    layers, basis = _layers_of(bank, model), bank.basis(directions(bank) if k is None else k)
+    found = {layer: LayerBasis.of(basis.modules[module]) for module, layer in layers.items()}
+    # two machines may derive directions differently, and one in another version of its libraries
+    return found, f"{basis.fingerprint} {basis.probe:.2f}"
 
 
 def _layers_of(bank: Bank, model: nn.Module) -> Mapping[str, str]:

@@ -20,7 +20,7 @@ class ServedHead:
 
     def __init__(self, head: nn.Module) -> None:
         self._plain = copy.deepcopy(head)  # without the hook
-        self.active: list[tuple[State, Tensor | None]] = []
+        self.active: list[tuple[State, Tensor | None]] | None = None
         """States, and the rows of the batch that each is for; none: all."""
         self._handle = head.register_forward_hook(self._hook)
         self._head = head
@@ -37,15 +37,15 @@ class ServedHead:
             which: Member of each row, -1 for the base model.
         """
         reference = next(self._head.parameters())
-        self.active = []
+        found: list[tuple[State, Tensor | None]] = []
         for i, state in enumerate(states):
             rows = [row for row, member in enumerate(which) if member == i]
             if state is not None and rows:
-                place = torch.tensor(rows, device=reference.device)
-                self.active.append((state, place))
+                found.append((state, torch.tensor(rows, device=reference.device)))
+        self.active = found or None
 
     def _hook(self, head: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if not self.active:
+        if self.active is None:
             return None
         if self.active[0][1] is None:
             return self._called(self.active[0][0], args[0])

@@ -7,14 +7,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from adapterbank.errors import AdapterBankError, BankError
+from adapterbank.errors import BankError
 from adapterbank.runtime import ops
-from adapterbank.runtime.batch import Rows
+from adapterbank.runtime.batch import Rows, by_row
 from adapterbank.runtime.members import LayerBasis, Member
 from adapterbank.runtime.packing import Packed
 
 COMPUTE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Types that updates are computed in."""
+
+
+def device_of(layer: nn.Module) -> torch.device | None:
+    """Where a layer is by now; none: it has no values."""
+    tensors = (tensor for tensor in (*layer.parameters(), *layer.buffers()) if not tensor.is_meta)
+    return next((tensor.device for tensor in tensors), None)
 
 
 class ServedLayer:
@@ -47,13 +53,9 @@ class ServedLayer:
         if rows is None:
             self.active = None
             return
-        device = self._device()
+        device = device_of(self.layer) or self.V.device
         self.V, self.U = self.V.to(device), self.U.to(device)  # wherever the model is by now
         self.active = rows.to(device, self.dtype)
-
-    def _device(self) -> torch.device:
-        tensors = [t for t in (*self.layer.parameters(), *self.layer.buffers()) if not t.is_meta]
-        return tensors[0].device if tensors else self.V.device
 
     # --- forward ----------------------------------------------------------------------------------------------------
 
@@ -61,14 +63,7 @@ class ServedLayer:
         rows = self.active
         if rows is None:
             return None
-        x: Tensor = args[0]
-        if x.shape[0] % rows.batch:
-            raise AdapterBankError(
-                f"a layer sees {x.shape[0]} rows in a batch of {rows.batch} adapters; give one name for every row"
-            )
-        # beams of one row, and tokens where a model flattens them, follow each other
-        seen = x.reshape(rows.batch, -1, x.shape[-1])
-        found = output.reshape(rows.batch, -1, output.shape[-1])
+        seen, found = by_row(args[0], rows.batch), by_row(output, rows.batch)
         if rows.places is None:
             return (found + self.update(seen, rows).to(output.dtype)).view(output.shape)
         delta = self.update(seen[rows.places], rows).to(output.dtype)

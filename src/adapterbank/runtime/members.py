@@ -84,6 +84,8 @@ class Layout:
             places.append(Place(layer=layer, r=r, k_in=k_in, k_out=k_out, start=start, row=row))
             start, row = start + r * (k_in + k_out), row + 2 * r
         self.places = {place.layer: place for place in places}
+        self.values = start
+        """Of all places together."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -173,11 +175,15 @@ class Splitter:
                 private[layer] = Private(A=rest_A, B=rest_B)
         return Member(
             name=adapter.name,
-            layout=self._layouts.setdefault(tuple(ranks.items()), Layout(ranks, self.bases)),
+            layout=self.layout(ranks),
             coefficients=Packed.joined(rows),
             private=private,
             heads={name: adapter.extra(name) for name in adapter.extra_names},
         )
+
+    def layout(self, ranks: Mapping[str, int]) -> Layout:
+        """Of members with these ranks by layer, the same for all that are alike."""
+        return self._layouts.setdefault(tuple(ranks.items()), Layout(ranks, self.bases))
 
     def _divided(self, rows: Float[Tensor, "r d"], basis: Float[Tensor, "k d"]) -> tuple[Packed, Packed | None]:
         coefficients = rows @ basis.T

@@ -3,8 +3,11 @@
 ``m`` rows with ``t`` tokens each; ``r`` is the largest rank among them, smaller ones are padded with zeros.
 """
 
+import warnings
+
+import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -55,6 +58,36 @@ def built(
 ) -> tuple[Float[Tensor, "m r d_in"], Float[Tensor, "m d_out r"]]:
     """Semantics: ``A[i] = coef_A[i] @ V``, ``B[i] = U @ coef_B[i]``."""
     return coef_A @ V, U @ coef_B
+
+
+def compressed(
+    positions: Int[Tensor, " nnz"], values: Float[Tensor, " nnz"], shape: tuple[int, int]
+) -> Float[Tensor, "d_out d_in"]:
+    """A sparse matrix by rows, where the device multiplies such; else a dense one.
+
+    Args:
+        positions: Flat, ascending.
+        values: There.
+        shape: ``(d_out, d_in)``.
+    """
+    rows, columns = shape
+    if positions.device.type not in ("cpu", "cuda"):
+        dense = values.new_zeros(rows * columns)
+        return dense.index_copy_(0, positions.long(), values).view(shape)
+    starts = torch.arange(rows + 1, device=positions.device, dtype=positions.dtype) * columns
+    ends = torch.searchsorted(positions, starts).to(positions.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls the format new
+        return torch.sparse_csr_tensor(ends, positions % columns, values, shape, check_invariants=False)
+
+
+def through_sparse(x: Float[Tensor, "m t d_in"], S: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "m t d_out"]:
+    """Semantics: ``y[i] = x[i] @ S.T``, in the type of ``S``.
+
+    A token costs as many products as ``S`` has values: a hundredth of the base layer's at a density of 1 %.
+    """
+    found: Tensor = S @ x.reshape(-1, x.shape[-1]).to(S.dtype).T
+    return found.T.reshape(*x.shape[:-1], -1)
 
 
 def crossover(k: int, r: int) -> float:

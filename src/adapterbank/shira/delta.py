@@ -275,13 +275,15 @@ class SparseDelta:
         return {name: present[places[name]] for name in self.extras}
 
     def check_base(self, values: Mapping[str, Tensor]) -> None:
-        """Compare base values at the positions with the fingerprints.
+        """Compare base values at the positions with the fingerprints, where both are at hand.
 
         Raises:
             AdapterError: If they are another model's.
         """
         for name, update in self.updates.items():
-            if update.fingerprint is not None and not check_fingerprint(update.fingerprint, _hashes(values[name])):
+            if update.fingerprint is None or name not in values:
+                continue
+            if not check_fingerprint(update.fingerprint, _hashes(values[name])):
                 raise AdapterError(
                     f"adapter {self.name!r}: {name} has other values than the base model it was made for"
                     + (f", {self.base}" if self.base else "")

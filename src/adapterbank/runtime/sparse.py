@@ -1,0 +1,123 @@
+"""Sparse adapters in a mixed batch: rows are grouped by adapter, and each group gets its sparse update added."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapterbank.adapters.live import layer_sizes
+from adapterbank.adapters.names import match_modules
+from adapterbank.errors import BankError
+from adapterbank.runtime import ops
+from adapterbank.runtime.batch import by_row
+from adapterbank.runtime.layer import COMPUTE, device_of
+from adapterbank.shira import SparseDelta, SparseUpdate
+from adapterbank.shira.delta import gathered
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SparseMember:
+    """One sparse adapter, ready to serve."""
+
+    delta: SparseDelta
+    updates: Mapping[str, SparseUpdate]
+    """By layer of the model, each ``(d_out, d_in)``."""
+
+    @property
+    def name(self) -> str:
+        """Of the adapter."""
+        return self.delta.name
+
+    @property
+    def heads(self) -> Mapping[str, Tensor]:
+        """Tensors of its task head, by name."""
+        return self.delta.extras
+
+    @property
+    def bytes(self) -> int:
+        """In memory."""
+        tensors = [tensor for update in self.updates.values() for tensor in (update.positions, update.values)]
+        return sum(tensor.nbytes for tensor in (*tensors, *self.heads.values()))
+
+    @classmethod
+    def of(cls, delta: SparseDelta, model: nn.Module) -> "SparseMember":
+        """Of a model whose weights are the base model's; quantised ones are not read.
+
+        Raises:
+            BankError: If the model lacks a layer, or has it in another size.
+            AdapterError: If the adapter's fingerprint tells another base.
+        """
+        where, layers = f"adapter {delta.name!r}", dict(model.named_modules())
+        sizes = {f"{name}.weight": found for name, layer in layers.items() if (found := layer_sizes(layer))}
+        places, updates, read = match_modules(delta.updates, sizes), {}, {}
+        for parameter, update in delta.updates.items():
+            if parameter not in places:
+                raise BankError(f"{where}: {parameter} is of no linear layer of the model; use it with a Switcher")
+            name = places[parameter].removesuffix(".weight")
+            updates[name] = _oriented(update, isinstance(layers[name], nn.Linear))
+            if updates[name].shape != sizes[places[parameter]][::-1]:
+                raise BankError(
+                    f"{where}, {parameter}: it is {updates[name].shape}, the model's layer "
+                    f"{sizes[places[parameter]][::-1]}; is it of another base model?"
+                )
+            weight = layers[name].weight
+            if isinstance(weight, Tensor) and weight.dtype in COMPUTE and not weight.is_meta:
+                read[parameter] = gathered(weight, update.positions)
+        delta.check_base(read)
+        return cls(delta=delta, updates=updates)
+
+
+def _oriented(update: SparseUpdate, linear: bool) -> SparseUpdate:
+    """As ``(d_out, d_in)``; GPT-2's Conv1D has the reverse."""
+    if linear:
+        return update
+    rows, columns = update.shape
+    positions = update.positions.long()
+    return SparseUpdate.of(positions % columns * rows + positions // columns, update.values, (columns, rows))
+
+
+class SparseLayer:
+    """A linear layer whose output gets, in each group of rows, the update of the group's sparse adapter added.
+
+    The weights stay the base model's, so that rows of other adapters and of none go through the same layer at the
+    same time; a switch for each group would read the weights once for each.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        self.active: tuple[int, list[tuple[Tensor, Tensor]]] | None = None
+        """Rows of the batch; those of each group, and the group's update."""
+        self._handle = layer.register_forward_hook(self._hook)
+
+    def release(self) -> None:
+        """Leave the layer as it was."""
+        self._handle.remove()
+
+    def activate(self, groups: Sequence[tuple[Sequence[int], SparseUpdate]], batch: int) -> None:
+        """Set the rows of the next forwards.
+
+        Args:
+            groups: Rows, and their update.
+            batch: Rows of the batch.
+        """
+        device = device_of(self.layer) or torch.device("cpu")
+        found = [
+            (
+                torch.tensor(rows, device=device),
+                ops.compressed(update.positions.to(device), update.values.to(device, torch.float32), update.shape),
+            )
+            for rows, update in groups
+        ]
+        self.active = (batch, found) if found else None
+
+    def _hook(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if self.active is None:
+            return None
+        batch, groups = self.active
+        x, found = by_row(args[0], batch), by_row(output, batch)
+        for rows, update in groups:
+            # not a sum over all: rows of the base model stay as they are, to the bit
+            found = found.index_add(0, rows, ops.through_sparse(x[rows], update).to(output.dtype))
+        return found.view(output.shape)
