@@ -29,6 +29,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
 WORKING_SETS: dict[str, dict[str, Any]] = {
     "in memory": {"color": BANK, "marker": "o", "markersize": 5.5, "linewidth": 2.6, "zorder": 5},
     "memory for a tenth": {"color": BANK, "marker": "s", "markersize": 4, "linewidth": 1.1},
+    "the same, with a cache": {"color": "#0f766e", "marker": "^", "markersize": 4, "linewidth": 1.1},
     "PEFT, hot swapping": {"color": INK, "marker": "o", "markersize": 4, "linewidth": 1.1},
 }
 """The lines of the working sets' picture."""
@@ -116,7 +117,7 @@ def draw_working_set(rows: list[dict[str, Any]], path: Path) -> Path:
     for name, style in WORKING_SETS.items():
         _line(axis, [(row["members"], 1e3 * row["seconds"][name]) for row in rows], label=name, **style)
     axis.set_ylim(bottom=0)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     return path

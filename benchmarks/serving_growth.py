@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -133,8 +133,12 @@ class _Stack:
         """CPU seconds of a request of one row, by the number of members that requests are for, in random order."""
         engine = AdapterEngine(copy.deepcopy(self.model), self.folder / "compact")
         engine.load()
-        one = max(member.bytes for member in engine._members.held)
-        limited = AdapterEngine(copy.deepcopy(self.model), self.folder / "compact", memory=working_sets[-2] * one)
+        limit = working_sets[-2] * max(member.bytes for member in engine._members.held)
+        limited, mapped = (
+            AdapterEngine(copy.deepcopy(self.model), self.folder / "compact", memory=limit, cache=cache)
+            for cache in (None, self.folder / "cache")
+        )
+        mapped.load()
         swapped = self._peft(1)
 
         def ours(served: AdapterEngine) -> Callable[[int], None]:
@@ -148,22 +152,30 @@ class _Stack:
             hotswap_adapter(swapped, str(self.folder / "peft" / f"a{i % self.peft}"), adapter_name="a0")
             swapped(self.x)
 
-        ways = {"in memory": ours(engine), "memory for a tenth": ours(limited), "PEFT, hot swapping": swap}
-        rows = []
-        for size in working_sets:
-            drawn = random.Random(self.seed)
-            chosen = [drawn.randrange(size) for _ in range(count)]
-            seconds = {}
-            for name, ask in ways.items():
-                with torch.no_grad():
-                    for i in chosen[: count // 2]:  # what fits is in memory then
-                        ask(i)
+        ways = {
+            "in memory": ours(engine),
+            "memory for a tenth": ours(limited),
+            "the same, with a cache": ours(mapped),
+            "PEFT, hot swapping": swap,
+        }
+        return [
+            {"members": size, "seconds": self._asked(ways, size, count, random.Random(self.seed))}
+            for size in working_sets
+        ]
+
+    def _asked(
+        self, ways: dict[str, Callable[[int], None]], size: int, count: int, drawn: random.Random
+    ) -> dict[str, float]:
+        """Mean seconds of a request, each of them to every way, in turns."""
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        with torch.no_grad():
+            for member in [drawn.randrange(size) for _ in range(count)]:
+                for name in drawn.sample(list(ways), len(ways)):
                     start = time.process_time()
-                    for i in chosen[count // 2 :]:
-                        ask(i)
-                seconds[name] = (time.process_time() - start) / (count - count // 2)
-            rows.append({"members": size, "seconds": seconds})
-        return rows
+                    ways[name](member)
+                    seconds[name].append(time.process_time() - start)
+        # what fits is in memory in the second half
+        return {name: fmean(found[count // 2 :]) for name, found in seconds.items()}
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------

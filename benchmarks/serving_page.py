@@ -21,6 +21,10 @@ def page(results: dict[str, Result]) -> list[str]:
         parts += _layer(results["serving-layer"])
     if "serving-decoder" in results:
         parts += _decoder(results["serving-decoder"])
+    if "serving-tokens" in results:
+        parts += _tokens(results["serving-tokens"])
+    if "serving-sparse" in results:
+        parts += _sparse(results["serving-sparse"])
     if "serving-growth" in results:
         parts += _growth(results["serving-growth"])
     return parts
@@ -66,6 +70,55 @@ def _decoder(result: Result) -> list[str]:
     return [*parts, targets(result)]
 
 
+def _tokens(result: Result) -> list[str]:
+    rows = [
+        [
+            f"{way['bits']} bits", f"{way['logits_from_alone']:.1e}", f"{way['logits_from_peft']:.1e}",
+            str(way["tokens_from_alone"]), str(way["tokens_from_peft"]), f"{way['bytes'] / 1e6:.1f} MB",
+            f"{way['private_work']:.0%}",
+        ]
+        for way in result["ways"]
+    ]  # fmt: skip
+    return [
+        f"## {result['title']}",
+        f"SmolLM2-135M in float32, a bank of {result['members']} LoRAs of rank 8 trained on tasks of their own from "
+        f"private seeds (largest error {result['bank_error']:.3f}), and {result['sparse']} sparse adapter of "
+        f"{result['density']:.0%}. One batch of {result['rows']} rows: {result['prompts']} prompts of each task, each "
+        "for its member, for the sparse one where there is one, and for the base model. Every row is compared with "
+        "the same row alone and unpadded: in the engine, and in PEFT on the exported adapter (sparse: in the weights). "
+        f"{result['new_tokens']} tokens are decoded greedily; the adapters change them in {result['changed']} of "
+        f"{result['adapted']} rows.",
+        table(
+            [
+                "a value has", "logits, from the row alone", "from PEFT", "rows with other tokens, from alone",
+                "from PEFT", "the engine holds", "private work",
+            ],
+            rows,
+        ),
+        targets(result),
+    ]  # fmt: skip
+
+
+def _sparse(result: Result) -> list[str]:
+    rows = []
+    for shape in result["shapes"]:
+        ways = {way["way"]: way for way in shape["ways"]}
+        ours = ways["ours"]
+        rows.append([
+            f"{shape['adapters']} adapters, {shape['tokens']} tokens a row",
+            f"{1e3 * ways['base']['cpu_seconds']:.1f} ms",
+            f"{1e3 * ours['cpu_seconds']:.1f} ms", f"{ours['of_base']:.2f}", f"{1e3 * ours['setting_seconds']:.1f} ms",
+            f"{1e3 * ways['switching']['cpu_seconds']:.1f} ms", f"{ways['switching']['of_base']:.2f}",
+        ])  # fmt: skip
+    return [
+        f"## {result['title']}",
+        f"{result['layers']} layers of {result['d']} x {result['d']}, {result['rows']} rows, adapters that change "
+        f"{result['density']:.0%} of the weights. *Switching* puts each adapter of the batch into the weights in turn, "
+        "and sends its rows through the model.",
+        table(["", "base", "ours", "of the base", "setting", "switching", "of the base"], rows),
+    ]
+
+
 def _growth(result: Result) -> list[str]:
     step, stack, planned, sizes = result["step"], result["stack"], result["planned"], result["bytes"]
     steps = [
@@ -95,8 +148,9 @@ def _growth(result: Result) -> list[str]:
         "decoded; what its directions can't hold of a member is found then.",
         table(["", "CPU time", "each"], loading),
         f"Requests of one row for members in random order, out of so many; {result['requests'] // 2} of them, after as "
-        "many to warm up. *Memory for a tenth* holds 100 members and reads the others from the bank each time; PEFT "
-        "loads each from its directory into one slot (`hotswap_adapter`).",
+        "many to warm up; means, all ways in turns. *Memory for a tenth* holds 100 members and reads the others from "
+        "the bank each time, or maps them from the engine's cache on disk; PEFT loads each from its directory into one "
+        "slot (`hotswap_adapter`).",
         "![CPU time of a request by working set](../pictures/serving-working-set.svg)",
         table(["members asked for", *ways], asked),
         f"{planned['members']:,} members of rank {planned['r']} in a model of {planned['layers']} adapted layers, "

@@ -47,6 +47,7 @@ class Encoder:
     base_id: str = MINILM_ID
     targets: tuple[str, ...] = ("query", "value")
     head: tuple[str, ...] = ("classifier",)
+    source_steps: int = 120
 
     def split(self, task: str, *, train: int, seed: int) -> Split:
         """See ``Subject``."""

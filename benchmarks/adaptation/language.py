@@ -59,6 +59,7 @@ class Language:
     base_id: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     head: tuple[str, ...] = ()
+    source_steps: int = 60
 
     def split(self, task: str, *, train: int, seed: int) -> Split:
         """``task``: one of ``TASKS``."""
@@ -74,7 +75,7 @@ class Language:
         """See ``Subject``."""
         from transformers import AutoModelForCausalLM
 
-        return Answering(in_bfloat16(AutoModelForCausalLM.from_pretrained(_weights(), dtype=torch.float32)))
+        return Answering(in_bfloat16(AutoModelForCausalLM.from_pretrained(weights(), dtype=torch.float32)))
 
     def batch(self, examples: Sequence[Sample]) -> Batch:
         """See ``Subject``; prompts have no label."""
@@ -107,11 +108,11 @@ def _tokens(text: str) -> tuple[int, ...]:
 def _tokenizer() -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(_weights())
+    return AutoTokenizer.from_pretrained(weights())
 
 
 @cache
-def _weights() -> Path:
+def weights() -> Path:
     """Directory of the model, unpacked from its GGUF file once."""
     out = cache_dir() / f"smollm2-{WEIGHTS.sha256[:8]}"
     if out.exists():

@@ -79,7 +79,8 @@ class Recycled:
     @property
     def sources(self) -> list[Source]:
         """The adapters that it is made of."""
-        return [Source(subject=self.subject, task=task, family=self.family) for task in self.tasks]
+        steps = SUBJECTS[self.subject].source_steps
+        return [Source(subject=self.subject, task=task, family=self.family, steps=steps) for task in self.tasks]
 
     @property
     def folder(self) -> Path:

@@ -32,6 +32,8 @@ class Subject(Protocol):
     """Ends of the names of the layers that are adapted."""
     head: tuple[str, ...]
     """Modules that every method trains too."""
+    source_steps: int
+    """Of training an adapter that is recycled."""
 
     def split(self, task: str, *, train: int, seed: int) -> Split:
         """A task's examples."""

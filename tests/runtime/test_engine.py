@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch._dynamo.testing import CompileCounter
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, ViTConfig, ViTForImageClassification
 
 from adapterbank.adapters import LoraAdapter
 from adapterbank.bank import Bank
@@ -27,6 +27,25 @@ KINDS = {
 }
 # PEFT 0.21 sets it itself, and says so
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+
+
+def vit():
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    return ViTForImageClassification(config).eval()
+
+
+def test_a_vision_model_is_served(tmp_path):
+    model, batch = vit(), {"pixel_values": torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
+    bank = Bank.fit(adapters_for(model, ("q_proj", "fc1")), max_error=0.1)
+    engine, base = AdapterEngine(model, bank), logits(vit(), batch)
+    with engine.adapters(["a3", None, "a0"]):
+        found = logits(model, batch)
+    assert torch.equal(found[1], base[1])
+    for row, member in ((0, "a3"), (2, "a0")):
+        alike(found[row], logits(exported(bank, member, vit, tmp_path), batch)[row], base[row])
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,9 @@ from adapterbank.runtime.heads import ServedHead, State
 from adapterbank.runtime.layer import COMPUTE, ServedLayer
 from adapterbank.runtime.members import LayerBasis, Member, Splitter, directions
 from adapterbank.runtime.shelf import Shelf
-from adapterbank.runtime.sparse import SparseLayer, SparseMember
+from adapterbank.runtime.sparse import SparseLayer, SparseMember, groups_of
 from adapterbank.runtime.store import MemberStore, Served
-from adapterbank.shira import SparseDelta, SparseUpdate
+from adapterbank.shira import SparseDelta
 from adapterbank.shira.files import LAYOUTS
 
 
@@ -219,15 +219,11 @@ class AdapterEngine:
                     weight.copy_(value)
 
     def _activate(self, members: Sequence[Served], which: Sequence[int]) -> None:
-        found = rows_of({i: member for i, member in enumerate(members) if isinstance(member, Member)}, which)
+        numbered = dict(enumerate(members))
+        rows = rows_of({i: member for i, member in numbered.items() if isinstance(member, Member)}, which)
+        groups = groups_of({i: member for i, member in numbered.items() if isinstance(member, SparseMember)}, which)
         for name, layer in self._layers.items():
-            layer.activate(found.get(name))
-        groups = dict[str, list[tuple[list[int], SparseUpdate]]]()
-        for i, member in enumerate(members):
-            if isinstance(member, SparseMember):
-                rows = [row for row, number in enumerate(which) if number == i]
-                for name, update in member.updates.items():
-                    groups.setdefault(name, []).append((rows, update))
+            layer.activate(rows.get(name))
         for name in groups.keys() - self._sparse.keys():
             self._sparse[name] = SparseLayer(self.model.get_submodule(name))
         for name, sparse in self._sparse.items():

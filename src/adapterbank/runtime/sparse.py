@@ -69,6 +69,23 @@ class SparseMember:
         return cls(delta=delta, updates=updates)
 
 
+def groups_of(
+    members: Mapping[int, SparseMember], which: Sequence[int]
+) -> dict[str, list[tuple[list[int], SparseUpdate]]]:
+    """Rows and their update, of each adapter that changes a layer, by layer.
+
+    Args:
+        members: Of the batch, each once, by number.
+        which: Number of each row; others than those of ``members`` are passed over.
+    """
+    found = dict[str, list[tuple[list[int], SparseUpdate]]]()
+    for i, member in members.items():
+        rows = [row for row, number in enumerate(which) if number == i]
+        for layer, update in member.updates.items():
+            found.setdefault(layer, []).append((rows, update))
+    return found
+
+
 def _oriented(update: SparseUpdate, linear: bool) -> SparseUpdate:
     """As ``(d_out, d_in)``; GPT-2's Conv1D has the reverse."""
     if linear:
