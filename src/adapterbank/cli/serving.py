@@ -63,12 +63,12 @@ def plan(
 
 
 def _base(model: str) -> tuple[int, Any]:
-    """Bytes of a model's body, which is what adapters need, and the type of its weights."""
+    """Bytes of a model, in the type that it was saved in, and that type."""
     import torch
 
-    body = base_model(model).base_model
-    dtype = getattr(body.config, "dtype", None) or torch.float32
-    return sum(parameter.numel() for parameter in body.parameters()) * dtype.itemsize, dtype
+    loaded = base_model(model)
+    dtype = getattr(loaded.config, "dtype", None) or torch.float32
+    return sum(parameter.numel() for parameter in loaded.parameters()) * dtype.itemsize, dtype
 
 
 def _size(count: int | None) -> str:
