@@ -57,7 +57,7 @@ class Job(Protocol):
         ...
 
 
-LATER = ("join", "keep")
+LATER = ("join", "keep", "ends_only")
 """Fields that the first lines know nothing of."""
 
 
@@ -84,7 +84,9 @@ class Run:
     join: tuple[float, ...] = ()
     """Errors within which the result joins the bank, to be tested again."""
     keep: bool = False
-    """The adapter stays in the cache for what else is asked of it; its validation loss is taken at the end only."""
+    """The adapter stays in the cache for what else is asked of it."""
+    ends_only: bool = False
+    """The validation loss is taken before and after training only, where nobody draws it by step."""
 
     @property
     def key(self) -> str:
@@ -116,7 +118,8 @@ class Run:
         else:
             model, groups = build(self.method, subject, split, bank, seed=self.seed)
         build_seconds = time.process_time() - began
-        recipe = Recipe(steps=self.steps, seed=self.seed, evaluate=(1.0,) if self.keep else Recipe.evaluate)
+        once = self.keep or self.ends_only
+        recipe = Recipe(steps=self.steps, seed=self.seed, evaluate=(1.0,) if once else Recipe.evaluate)
         done = train(subject, model, groups, split.train, split.validation, recipe)
         if self.keep:
             _keep(model, self.folder)

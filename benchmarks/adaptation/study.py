@@ -238,24 +238,24 @@ def _ablation() -> Iterator[Run]:
 
 def _directions() -> Iterator[Run]:
     for methods, like in ((WITH_K, BANK), (RANDOM_K, RANDOM), (GRADIENT_K, GRADIENT)):
-        yield from runs("directions", TEXTS, tuned(TEXTS, methods, like=like), SCALED, seeds=FIRST)
+        yield from runs("directions", TEXTS, tuned(TEXTS, methods, like=like), SCALED, seeds=FIRST, ends_only=True)
 
 
 def _sources() -> Iterator[Run]:
     for count in (2, 4, 8, 12):
         method = tuned(TEXTS, [in_bank(f"bank of {count}", k=16)], like=BANK)
-        yield from runs("sources", TEXTS, method, SCALED, most_sources=count)
+        yield from runs("sources", TEXTS, method, SCALED, most_sources=count, ends_only=True)
 
 
 def _noise() -> Iterator[Run]:
     for count in (0, 4, 12, 36):
         method = tuned(TEXTS, [in_bank(f"bank with {count} untrained", k=16)], like=BANK)
-        yield from runs("noise", TEXTS, method, SCALED, noisy=count)
+        yield from runs("noise", TEXTS, method, SCALED, noisy=count, ends_only=True)
 
 
 def _protocol() -> Iterator[Run]:
     """The source adapters' own tasks, data and steps."""
-    like: dict[str, Any] = {"seeds": (Source.seed,), "examples": Source.examples}
+    like: dict[str, Any] = {"seeds": (Source.seed,), "examples": Source.examples, "ends_only": True}
     for family in ("private", "oneseed"):
         trained = [*tuned(TEXTS, (HEAD, LORA, lora(1, 4.5e-3), BANK)), ZERO_SHOT]
         yield from runs("protocol", TEXTS, trained, PROTOCOL, steps=Source.steps, family=family, **like)
@@ -275,8 +275,10 @@ PARTS: dict[str, Callable[[], Iterator[Run]]] = {
     "short-rates": lambda: rates("short-rates", SHORTLY, SHORT),
     "short": lambda: runs("short", SHORTLY, tuned(SHORTLY, SHORT), HELD_OUT),
     "ablation": _ablation,
-    "oneseed": lambda: runs("oneseed", TEXTS, tuned(TEXTS, RECYCLING), HELD_OUT, seeds=FIRST, family="oneseed"),
-    "appendix": lambda: rates("appendix", TEXTS, _at_common_head_rate(APPENDIX), heads=False),
+    "oneseed": lambda: runs(
+        "oneseed", TEXTS, tuned(TEXTS, RECYCLING), HELD_OUT, seeds=FIRST, family="oneseed", ends_only=True
+    ),
+    "appendix": lambda: rates("appendix", TEXTS, _at_common_head_rate(APPENDIX), heads=False, ends_only=True),
     "directions": _directions,
     "few-data": lambda: runs(
         "few-data", TEXTS, tuned(TEXTS, FEW), (*HELD_OUT, *RELATED), seeds=FIRST, examples=48, steps=30
@@ -284,10 +286,10 @@ PARTS: dict[str, Callable[[], Iterator[Run]]] = {
     "sources": _sources,
     "noise": _noise,
     "protocol": _protocol,
-    "vision-rates": lambda: rates("vision-rates", VISION, IN_VISION),
-    "vision": lambda: runs("vision", VISION, tuned(VISION, IN_VISION), CLASSES),
-    "language-rates": lambda: rates("language-rates", LANGUAGE, IN_LANGUAGE),
-    "language": lambda: runs("language", LANGUAGE, tuned(LANGUAGE, IN_LANGUAGE), ANSWERS),
+    "vision-rates": lambda: rates("vision-rates", VISION, IN_VISION, ends_only=True),
+    "vision": lambda: runs("vision", VISION, tuned(VISION, IN_VISION), CLASSES, ends_only=True),
+    "language-rates": lambda: rates("language-rates", LANGUAGE, IN_LANGUAGE, ends_only=True),
+    "language": lambda: runs("language", LANGUAGE, tuned(LANGUAGE, IN_LANGUAGE), ANSWERS, ends_only=True),
     "more-data": lambda: runs(
         "more-data", TEXTS, tuned(TEXTS, (LORA, GRADIENT, MIXED_MEAN)), MANY, seeds=FIRST, examples=2000, steps=250
     ),
