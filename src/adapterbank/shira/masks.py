@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from adapterbank.errors import AdapterBankError
+from adapterbank.shira.selection import Scores, largest
 
 Kind = Literal["struct", "rand", "wm", "grad", "snip"]
 KINDS: tuple[Kind, ...] = ("struct", "rand", "wm", "grad", "snip")
@@ -67,10 +68,9 @@ def choose(
     for option, value, owner in (("part", part, "wm"), ("offset", offset, "struct"), ("seed", seed, "rand")):
         if value and kind != owner:
             raise AdapterBankError(f"{option}={value}: {kind} has none, {owner} has; leave it out")
-    shape = (int(weight.shape[0]), int(weight.shape[1]))
     if kind == "struct":
-        return struct(shape, density, offset=offset)
-    return rand(shape, density, seed=seed, name=name) if kind == "rand" else wm(weight, density, part=part)
+        return struct(_shape(weight), density, offset=offset)
+    return rand(_shape(weight), density, seed=seed, name=name) if kind == "rand" else wm(weight, density, part=part)
 
 
 def struct(shape: tuple[int, int], density: float, *, offset: int = 0) -> Int[Tensor, " nnz"]:
@@ -152,51 +152,38 @@ def wm(weight: Float[Tensor, "d_out d_in"], density: float, *, part: int = 0) ->
         part: 0 for the largest, 1 for the next as many, and so on: masks of a family that share nothing (section
             5.3.2 of the paper).
     """
-    return _largest(weight.abs(), density, part)
+    flat = weight.detach().flatten()
+    return _largest(lambda where: flat[where].abs(), _shape(weight), density, part)
 
 
 def grad(gradient: Float[Tensor, "d_out d_in"], density: float, *, part: int = 0) -> Int[Tensor, " nnz"]:
     """The largest magnitudes of the gradient; arguments as in :func:`wm`."""
-    return _largest(gradient.abs(), density, part)
+    return wm(gradient, density, part=part)
 
 
 def snip(
     weight: Float[Tensor, "d_out d_in"], gradient: Float[Tensor, "d_out d_in"], density: float, *, part: int = 0
 ) -> Int[Tensor, " nnz"]:
     """The largest ``|weight * gradient|`` (SNIP, arXiv:1810.02340); arguments as in :func:`wm`."""
-    return _largest((weight.float() * gradient.float()).abs(), density, part)
+    one, other = weight.detach().flatten(), gradient.detach().flatten()
+    return _largest(lambda where: (one[where].float() * other[where].float()).abs(), _shape(weight), density, part)
 
 
-def _largest(scores: Float[Tensor, "d_out d_in"], density: float, part: int) -> Int[Tensor, " nnz"]:
-    shape, flat = (int(scores.shape[0]), int(scores.shape[1])), scores.detach().flatten()
-    count = count_of(shape, density)
+def _shape(weight: Float[Tensor, "d_out d_in"]) -> tuple[int, int]:
+    return int(weight.shape[0]), int(weight.shape[1])
+
+
+def _largest(scores: Scores, shape: tuple[int, int], density: float, part: int) -> Int[Tensor, " nnz"]:
+    count, total = count_of(shape, density), shape[0] * shape[1]
     if not 0 <= part < parts_of(shape, density):
-        raise AdapterBankError(f"part={part}: a layer of {flat.numel()} weights has no {part + 1} parts of {count}")
-    if not flat.isfinite().all():
-        raise AdapterBankError("a weight or gradient holds nan or inf, so it has no largest values; look at the loss")
-    upto = _top(flat, (part + 1) * count)
+        raise AdapterBankError(f"part={part}: a layer of {total} weights has no {part + 1} parts of {count}")
+    upto = largest(scores, total, (part + 1) * count)
     if part:  # both are exact and deterministic, so the smaller set lies in the larger one
-        left = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
+        left = torch.zeros(total, dtype=torch.bool)
         left[upto] = True
-        left[_top(flat, part * count)] = False
+        left[largest(scores, total, part * count)] = False
         upto = left.nonzero()[:, 0]
-    return _positions(upto.cpu(), shape)
-
-
-def _top(flat: Float[Tensor, " total"], count: int) -> Int[Tensor, " count"]:
-    """Ascending positions of the ``count`` largest values; of equal ones the first."""
-    least = _nth_largest(flat, count)
-    above, tied = (flat > least).nonzero()[:, 0], (flat == least).nonzero()[:, 0]
-    return torch.cat([above, tied[: count - len(above)]]).sort().values
-
-
-def _nth_largest(flat: Float[Tensor, " total"], n: int) -> float:
-    # a sort of all would take ten times as long
-    if flat.device.type != "cpu":
-        return float(flat.topk(n, sorted=False).values.min())
-    # pairs of values and indices, as topk has them on a CPU, would take four times the memory
-    values = (flat if flat.dtype == torch.float64 else flat.float()).numpy()
-    return float(np.partition(values, -n)[-n])
+    return _positions(upto, shape)
 
 
 def _positions(ascending: Int[Tensor, " nnz"], shape: tuple[int, int]) -> Int[Tensor, " nnz"]:
