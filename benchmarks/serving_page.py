@@ -73,30 +73,29 @@ def _decoder(result: Result) -> list[str]:
 def _tokens(result: Result) -> list[str]:
     rows = [
         [
-            f"{way['bits']} bits", f"{way['logits_from_alone']:.1e}", f"{way['logits_from_peft']:.1e}",
-            str(way["tokens_from_alone"]), str(way["tokens_from_peft"]), f"{way['bytes'] / 1e6:.1f} MB",
-            f"{way['private_work']:.0%}",
+            f"{way['bits']} bits", f"{way['logits_from_one']:.1e}", f"{way['logits_from_peft']:.1e}",
+            f"{way['logits_from_unpadded']:.1e}", str(way["tokens_from_alone"]), str(way["tokens_from_peft"]),
+            f"{way['bytes'] / 1e6:.1f} MB", f"{way['private_work']:.0%}",
         ]
         for way in result["ways"]
     ]  # fmt: skip
+    columns = [
+        "a value has", "logits, from one member for all rows", "from PEFT", "from PEFT, row by row",
+        "rows with other tokens than alone", "than PEFT's", "the engine holds", "private work",
+    ]  # fmt: skip
     return [
         f"## {result['title']}",
-        f"SmolLM2-135M in float32, a bank of {result['members']} LoRAs of rank 8 trained on tasks of their own from "
-        f"private seeds (largest error {result['bank_error']:.3f}), and {result['sparse']} sparse adapter of "
+        f"SmolLM2-135M in float32, a bank of {result['members']} LoRAs of rank 8, each trained on a task of its own "
+        f"from a private seed (largest error {result['bank_error']:.3f}), and {result['sparse']} sparse adapter of "
         f"{result['density']:.0%}. One batch of {result['rows']} rows: {result['prompts']} prompts of each task, each "
-        "for its member, for the sparse one where there is one, and for the base model. Every row is compared with "
-        "the same row alone and unpadded: in the engine, and in PEFT on the exported adapter (sparse: in the weights). "
-        f"{result['new_tokens']} tokens are decoded greedily; the adapters change them in {result['changed']} of "
-        f"{result['adapted']} rows.",
-        table(
-            [
-                "a value has", "logits, from the row alone", "from PEFT", "rows with other tokens, from alone",
-                "from PEFT", "the engine holds", "private work",
-            ],
-            rows,
-        ),
+        "for its member, for the sparse one where there is one, and for the base model. It is compared with the same "
+        "batch where all rows have one member, with PEFT on the exported adapters (sparse: in the weights), and with "
+        f"each row by itself, without padding. {result['new_tokens']} tokens are decoded greedily; the adapters change "
+        f"them in {result['changed']} of {result['adapted']} rows. Padding and the size of the batch alone move the "
+        f"base model's logits, of up to {result['largest_logit']:.0f}, by {result['base_logits_from_unpadded']:.1e}.",
+        table(columns, rows),
         targets(result),
-    ]  # fmt: skip
+    ]
 
 
 def _sparse(result: Result) -> list[str]:

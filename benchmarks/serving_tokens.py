@@ -3,8 +3,10 @@
 import copy
 import random
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,24 +39,20 @@ def run(case: Case, seed: int) -> dict[str, Any]:
     """The batch at every width of tables, with what was aimed at."""
     torch.set_num_threads(1)
     fields, language = case.fields, Language()
-    adapters = [
-        LoraAdapter.load(
-            Source(subject="language", task=task, family="private", steps=language.source_steps).train(), name=task
-        )
-        for task in fields["tasks"]
-    ]
+    adapters = [_trained(task, language.source_steps) for task in fields["tasks"]]
     bank = Bank.fit(adapters)
-    deltas = [_sparse(bank, task, fields["density"]) for task in fields["sparse"]]
+    deltas = {f"sparse-{task}": _sparse(bank, task, fields["density"]) for task in fields["sparse"]}
     rows = [
         Row(member=member, prompt=f"{question} ->")
         for task in fields["tasks"]
         for question, _ in language.split(task, train=0, seed=0).test[: fields["prompts"]]
-        for member in (task, *(delta.name for delta in deltas if delta.name == f"sparse-{task}"), None)
+        for member in (task, *(name for name in deltas if name == f"sparse-{task}"), None)
     ]
     random.Random(seed).shuffle(rows)
-    text = _Text(weights(), fields["new_tokens"])
-    alone = text.alone(rows, bank, deltas)
-    found = [text.served(rows, bank, deltas, alone, bits) for bits in (16, 32)]
+    text = _Text(weights(), fields["new_tokens"], rows)
+    expected = text.expected(bank, deltas)
+    found = [text.served(bank, deltas, expected, bits) for bits in (16, 32)]
+    base = text.alone(text.model, dict.fromkeys(rows))
     return {
         "title": case.title,
         **{name: fields[name] for name in ("prompts", "new_tokens", "density")},
@@ -63,13 +61,15 @@ def run(case: Case, seed: int) -> dict[str, Any]:
         "rows": len(rows),
         "bank_error": max(bank.errors().values()),
         "ways": found,
-        "changed": sum(
-            a.tokens != b.tokens for a, b in zip(alone, text.base(rows), strict=True) if a.row.member is not None
+        "base_logits_from_unpadded": float(
+            (text.logits(text.model) - base.logits)[[row.member is None for row in rows]].abs().max()
         ),
+        "largest_logit": float(base.logits.abs().max()),
+        "changed": sum(a != b for a, b in zip(expected.alone.tokens, base.tokens, strict=True)),
         "adapted": sum(row.member is not None for row in rows),
         "targets": [
             _target("difference of logits from PEFT's", found[0]["logits_from_peft"], LOGITS),
-            _target("difference of logits from those of rows alone", found[0]["logits_from_alone"], LOGITS),
+            _target("difference of logits from those of one member for all rows", found[0]["logits_from_one"], LOGITS),
             _target("rows with other tokens than PEFT's", found[0]["tokens_from_peft"], 0),
             _target("rows with other tokens than alone", found[0]["tokens_from_alone"], 0),
         ],
@@ -80,95 +80,117 @@ def _target(name: str, reached: float, most: float) -> dict[str, Any]:
     return {"name": name, "at_most": most, "reached": reached, "met": reached <= most}
 
 
+def _trained(task: str, steps: int) -> LoraAdapter:
+    """A source adapter of the study, under the names that its layers have in the plain model."""
+    loaded = LoraAdapter.load(Source(subject="language", task=task, family="private", steps=steps).train())
+    factors = {module.removeprefix("lm."): loaded.factors(module) for module in loaded.modules}
+    return LoraAdapter.from_factors(task, factors, base=loaded.base)
+
+
 def _sparse(bank: Bank, task: str, density: float) -> SparseDelta:
     """A member's largest values: how good it is doesn't matter here, but that it is another one."""
     delta, _ = from_lora(bank.reconstruct(task), density)
-    return SparseDelta.from_tensors(
-        {name: (update.positions, update.values) for name, update in delta.updates.items()},
-        {name: update.shape for name, update in delta.updates.items()},
-        name=f"sparse-{task}",
-    )
+    return replace(delta, name=f"sparse-{task}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Answer:
-    """What a row gave."""
+class _Alone:
+    """What each row gives by itself, without padding."""
 
-    row: Row
     logits: Tensor
-    """Of the prompt's last token."""
-    tokens: list[int]
+    """Of the prompt's last token, ``(rows, words)``."""
+    tokens: list[list[int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Expected:
+    """What PEFT gives; for sparse adapters a model whose weights they changed."""
+
+    logits: Tensor
+    """Of the padded batch, each row by its own adapter."""
+    alone: _Alone
 
 
 class _Text:
-    """SmolLM2 in float32."""
+    """SmolLM2 in float32, and the rows that it is asked."""
 
-    def __init__(self, folder: Path, new_tokens: int) -> None:
+    def __init__(self, folder: Path, new_tokens: int, rows: Sequence[Row]) -> None:
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, padding_side="left")
-        self.new_tokens = new_tokens
+        self.new_tokens, self.rows = new_tokens, rows
 
-    def answers(self, model: Any, rows: Sequence[Row]) -> list[_Answer]:
-        """All rows as one batch, shorter ones padded on the left."""
-        batch = self.tokenizer([row.prompt for row in rows], return_tensors="pt", padding=True)
+    def logits(self, model: Any, rows: Sequence[Row] | None = None) -> Tensor:
+        """Of each prompt's last token; shorter prompts are padded on the left."""
+        batch = self._batch(self.rows if rows is None else rows)
         places = (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
         with torch.no_grad():
-            logits = model(**batch, position_ids=places, logits_to_keep=1).logits[:, -1]
-            tokens = model.generate(**batch, max_new_tokens=self.new_tokens, do_sample=False)
-        new = tokens[:, batch["input_ids"].shape[1] :].tolist()
-        return [
-            _Answer(row=row, logits=own, tokens=self._whole(line))
-            for row, own, line in zip(rows, logits, new, strict=True)
-        ]
+            found: Tensor = model(**batch, position_ids=places, logits_to_keep=1).logits[:, -1]
+        return found
 
-    def _whole(self, line: list[int]) -> list[int]:
-        """Up to the end that the model set: what follows in a batch is padding."""
-        end = self.model.generation_config.eos_token_id
-        return line[: line.index(end) + 1] if end in line else line
+    def tokens(self, model: Any, rows: Sequence[Row]) -> list[list[int]]:
+        """Greedily, up to the end that the model set: what follows in a batch is padding."""
+        batch = self._batch(rows)
+        with torch.no_grad():
+            found = model.generate(**batch, max_new_tokens=self.new_tokens, do_sample=False)
+        end, lines = self.model.generation_config.eos_token_id, found[:, batch["input_ids"].shape[1] :].tolist()
+        return [line[: line.index(end) + 1] if end in line else line for line in lines]
 
-    def base(self, rows: Sequence[Row]) -> list[_Answer]:
-        """Without adapters, row by row."""
-        return [self.answers(self.model, [row])[0] for row in rows]
+    def _batch(self, rows: Sequence[Row]) -> Any:
+        return self.tokenizer([row.prompt for row in rows], return_tensors="pt", padding=True)
 
-    def alone(self, rows: Sequence[Row], bank: Bank, deltas: Sequence[SparseDelta]) -> list[_Answer]:
-        """Each row by itself, by PEFT on the exported adapter; sparse ones in the weights."""
-        found: dict[Row, _Answer] = {}
+    def alone(self, model: Any, contexts: Mapping[Row, Callable[[], AbstractContextManager[Any]] | None]) -> _Alone:
+        """Row by row, each inside its context."""
+        logits, tokens = [], []
+        for row in self.rows:
+            with (contexts[row] or nullcontext)():
+                logits.append(self.logits(model, [row]))
+                tokens += self.tokens(model, [row])
+        return _Alone(logits=torch.cat(logits), tokens=tokens)
+
+    def expected(self, bank: Bank, deltas: Mapping[str, SparseDelta]) -> _Expected:
+        """Member by member."""
+        whole, logits, tokens = dict[int, Tensor](), dict[int, Tensor](), dict[int, list[int]]()
         with tempfile.TemporaryDirectory(prefix="adapterbank-bench-") as scratch:
-            for member in dict.fromkeys(row.member for row in rows):
-                model, own = copy.deepcopy(self.model), [row for row in rows if row.member == member]
-                if sparse := next((delta for delta in deltas if delta.name == member), None):
-                    sparse.apply_(model)
+            for member in dict.fromkeys(row.member for row in self.rows):
+                model = copy.deepcopy(self.model)
+                if member in deltas:
+                    deltas[member].apply_(model)
                 elif member is not None:
                     bank.export(member, Path(scratch) / member)
                     model = PeftModel.from_pretrained(model, Path(scratch) / member).eval()
-                found |= {row: self.answers(model, [row])[0] for row in own}
-        return [found[row] for row in rows]
+                padded = self.logits(model)
+                for i, row in enumerate(self.rows):
+                    if row.member == member:
+                        whole[i], logits[i] = padded[i], self.logits(model, [row])[0]
+                        (tokens[i],) = self.tokens(model, [row])
+        order = range(len(self.rows))
+        return _Expected(
+            logits=torch.stack([whole[i] for i in order]),
+            alone=_Alone(logits=torch.stack([logits[i] for i in order]), tokens=[tokens[i] for i in order]),
+        )
 
-    def served(
-        self, rows: Sequence[Row], bank: Bank, deltas: Sequence[SparseDelta], expected: Sequence[_Answer], bits: int
-    ) -> dict[str, Any]:
-        """The mixed batch against each row alone in the engine, and against what is expected."""
+    def served(self, bank: Bank, deltas: Mapping[str, SparseDelta], expected: _Expected, bits: int) -> dict[str, Any]:
+        """The mixed batch against one member for all rows, each row alone in the engine, and PEFT."""
         engine = AdapterEngine(self.model, bank, bits=bits)
-        for delta in deltas:
+        for delta in deltas.values():
             engine.add(delta)
-        with engine.adapters([row.member for row in rows]):
-            mixed = self.answers(self.model, rows)
-        alone = []
-        for row in rows:
-            with engine.adapters([row.member]):
-                alone += self.answers(self.model, [row])
+        with engine.adapters([row.member for row in self.rows]):
+            mixed, tokens = self.logits(self.model), self.tokens(self.model, self.rows)
+        one = mixed.clone()
+        for member in dict.fromkeys(row.member for row in self.rows):
+            own = [row.member == member for row in self.rows]
+            with engine.adapters([member] * len(self.rows)):
+                one[own] = self.logits(self.model)[own]
+        alone = self.alone(self.model, {row: partial(engine.adapters, [row.member]) for row in self.rows})
         report = engine.report()
         engine.close()
         return {
             "bits": bits,
             "private_work": report.private_work,
             "bytes": report.basis_bytes + report.shared_bytes + report.private_bytes + report.sparse_bytes,
-            "logits_from_alone": _apart(mixed, alone),
-            "logits_from_peft": _apart(mixed, expected),
-            "tokens_from_alone": sum(a.tokens != b.tokens for a, b in zip(mixed, alone, strict=True)),
-            "tokens_from_peft": sum(a.tokens != b.tokens for a, b in zip(mixed, expected, strict=True)),
+            "logits_from_one": float((mixed - one).abs().max()),
+            "logits_from_peft": float((mixed - expected.logits).abs().max()),
+            "logits_from_unpadded": float((mixed - expected.alone.logits).abs().max()),
+            "tokens_from_alone": sum(a != b for a, b in zip(tokens, alone.tokens, strict=True)),
+            "tokens_from_peft": sum(a != b for a, b in zip(tokens, expected.alone.tokens, strict=True)),
         }
-
-
-def _apart(one: Sequence[_Answer], other: Sequence[_Answer]) -> float:
-    return max(float((a.logits - b.logits).abs().max()) for a, b in zip(one, other, strict=True))
