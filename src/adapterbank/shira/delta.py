@@ -125,13 +125,16 @@ class SparseDelta:
             fields: ``base``, ``mask``, ``seed``, ``extras`` and ``config``.
 
         Raises:
-            AdapterError: If a shape is missing, positions repeat or lie outside, or values aren't finite.
+            AdapterError: If a shape or a weight is missing or another one, positions repeat or lie outside, or values
+                aren't finite.
         """
         updates = {}
         for parameter in sorted(tensors):
             if parameter not in shapes:
                 raise AdapterError(f"adapter {name!r}: the shape of {parameter} is missing")
             shape = (int(shapes[parameter][0]), int(shapes[parameter][1]))
+            if weights is not None and (parameter not in weights or tuple(weights[parameter].shape) != shape):
+                raise AdapterError(f"adapter {name!r}: weights has no {parameter} of {shape}; give those of its base")
             try:
                 update = SparseUpdate.of(*tensors[parameter], shape)
             except AdapterError as error:
@@ -210,9 +213,7 @@ class SparseDelta:
             self.check_base(saved)
         saved |= {name: place.detach().clone() for name, place in places.items()}
         for name, update in self.updates.items():
-            # in float32: a product in bfloat16 would round twice
-            new = saved[name].float() + alpha * update.values.to(saved[name].device, torch.float32)
-            put_(weights[name], update.positions, new)
+            put_(weights[name], update.positions, changed(saved[name], update.values, alpha))
         for name, place in places.items():
             place.detach().copy_(self.extras[name])
         return saved
@@ -307,6 +308,13 @@ def tensors_of(model: Model) -> dict[str, Tensor]:
 def gathered(weight: Tensor, positions: Int[Tensor, " nnz"]) -> Float[Tensor, " nnz"]:
     """A weight's values at flat positions."""
     return weight.detach().view(-1).index_select(0, positions.to(weight.device))
+
+
+def changed(base: Float[Tensor, " nnz"], values: Float[Tensor, " nnz"], alpha: float = 1.0) -> Float[Tensor, " nnz"]:
+    """``base + alpha * values`` in the base's type, on its device."""
+    # at least in float32: a product in bfloat16 would round twice, and float32 would cut float64
+    wide = torch.promote_types(base.dtype, torch.float32)
+    return (base.to(wide) + alpha * values.to(base.device, wide)).to(base.dtype)
 
 
 def put_(weight: Tensor, positions: Int[Tensor, " nnz"], values: Float[Tensor, " nnz"]) -> None:

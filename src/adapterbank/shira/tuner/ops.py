@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adapterbank.shira.delta import changed
 from adapterbank.shira.sampling import sampled_gradient
 
 WRITING = threading.RLock()
@@ -26,7 +27,7 @@ def written(weight: Tensor, positions: Tensor, values: Tensor) -> Iterator[None]
     index = positions.long()  # scatter_ takes no int32
     with WRITING:
         base = flat.index_select(0, index)
-        new = (base.float() + values.float()).to(flat.dtype)
+        new = changed(base, values)
         try:  # an interrupt may come right after the first write
             flat.scatter_(0, index, new)
             yield
