@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from torch import nn
 
 from adapterbank.errors import AdapterError, MissingFileError, UnknownNameError
 from adapterbank.shira.delta import SparseDelta
@@ -91,6 +92,16 @@ def test_the_task_head_comes_and_goes_with_its_adapter():
     assert torch.equal(model.body["v"].weight, before["body.v.weight"])
 
 
+def test_the_forward_is_the_base_model_s():
+    # S27: nothing but values has changed, so nothing is computed beside
+    model, x = nn.Sequential(nn.Linear(30, 40), nn.Linear(40, 20)), torch.randn(4, 30)
+    before = str(torch.export.export(model, (x,)).graph)
+    switcher = Switcher(model, {"a": make_delta(model, only=("0.weight", "1.weight"))})
+    switcher.switch("a")
+    assert str(torch.export.export(model, (x,)).graph) == before
+    assert [type(module) for module in model] == [nn.Linear, nn.Linear]
+
+
 # --- from disk --------------------------------------------------------------------------------------------------------
 
 
@@ -116,6 +127,11 @@ def test_a_directory_of_adapters_is_opened_one_by_one(folder):
     assert equal(model, changed) and switcher.active == "a0"
     switcher.restore()
     assert equal(model, before)
+
+
+def test_what_is_still_being_written_is_no_adapter(folder):
+    shutil.copytree(folder / "a0", folder / ".a3.1a2b.tmp")
+    assert Switcher(Net(), folder).names == ["a0", "a1", "a2"]
 
 
 def test_the_one_used_longest_ago_leaves_when_memory_is_full(folder):
@@ -205,6 +221,31 @@ def test_a_failure_in_the_middle_of_a_switch_can_be_taken_back(monkeypatch):
     assert not equal(model, before)
     switcher.restore()
     assert equal(model, before)
+
+
+@pytest.mark.parametrize("writes", [1, 3], ids=["taking out", "putting in"])
+def test_after_a_failure_in_the_middle_the_same_adapter_is_put_in_anew(monkeypatch, writes):
+    model = Net()
+    switcher, expected = Switcher(model, family(model)), {}
+    for name in ("a1", "a0"):
+        switcher.switch(name)
+        expected[name] = copies(model)
+    whole, left = torch.Tensor.scatter_, [writes]
+
+    def failing(self, *args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return whole(self, *args)
+
+    monkeypatch.setattr(torch.Tensor, "scatter_", failing)
+    with pytest.raises(KeyboardInterrupt):
+        switcher.switch("a1")
+    monkeypatch.undo()
+    active = switcher.active
+    assert not equal(model, expected[active])
+    switcher.switch(active)
+    assert equal(model, expected[active])
 
 
 def test_names_that_are_not_there_or_taken_are_refused(folder, tmp_path):

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from adapterbank.adapters.names import check_name
 from adapterbank.adapters.peft_config import CONFIG_FILE
 from adapterbank.errors import AdapterError, UnknownNameError
-from adapterbank.shira.delta import SparseDelta, gathered
+from adapterbank.shira.delta import SparseDelta, changed, gathered
 
 Source = SparseDelta | str | Path
 
@@ -205,6 +205,7 @@ class Switcher:
         if self._is_in(name, alpha):
             return
         before = self.active
+        strength = None if before is None else self._ready[before].alpha
         self._take_out()
         if name not in self._ready:
             try:
@@ -212,8 +213,8 @@ class Switcher:
                     delta = self._opened(name, self._sources[name])
                 self._ready[name] = _Ready.of(delta, self.model, heads=self.heads, check=self.check)
             except BaseException:  # of whatever kind: the one that was there comes back
-                if before is not None:
-                    self._put_in(before, self._ready[before].alpha, None)
+                if before is not None and strength is not None:
+                    self._put_in(before, strength, None)
                 raise
         ready = self._ready[name]
         self._ready.move_to_end(name)
@@ -255,16 +256,13 @@ class _Part:
             self.index, self.values = self.index.to(device), self.values.to(device)
             self.base, self.new = self.base.to(device, dtype), None
 
-    def changed(self, alpha: float) -> Tensor:
+    def at(self, alpha: float) -> Tensor:
         """What the weight holds with the adapter."""
         if alpha != 1:
-            return self._sum(alpha)
+            return changed(self.base, self.values, alpha)
         if self.new is None:
-            self.new = self._sum(1.0)
+            self.new = changed(self.base, self.values)
         return self.new
-
-    def _sum(self, alpha: float) -> Tensor:
-        return (self.base.float() + alpha * self.values).to(self.weight.dtype)
 
     def put_(self, values: Tensor) -> None:
         """Overwrite."""
@@ -286,7 +284,8 @@ class _Ready:
 
     parts: list[_Part]
     heads: list[_Head]
-    alpha: float = field(default=1.0)
+    alpha: float | None = None
+    """Strength at which it is in the weights; none while it isn't, or not all of it: a write may be cut off."""
 
     @classmethod
     def of(cls, delta: SparseDelta, model: nn.Module, *, heads: bool, check: bool) -> "_Ready":
@@ -299,7 +298,7 @@ class _Ready:
             _Part(
                 weight=weights[name],
                 index=update.positions.to(weights[name].device, torch.int64),
-                values=update.values.to(weights[name].device, torch.float32),
+                values=update.values.to(weights[name].device),
                 base=base[name],
             )
             for name, update in delta.updates.items()
@@ -311,18 +310,19 @@ class _Ready:
 
     def apply_(self, alpha: float) -> None:
         """Write the adapter into weights that are the base model's."""
-        self.alpha = alpha
         for part in self.parts:
             part.follow()
         # what takes memory comes before the first write
-        news = [part.changed(alpha) for part in self.parts]
+        news = [part.at(alpha) for part in self.parts]
         for part, new in zip(self.parts, news, strict=True):
             part.put_(new)
         for head in self.heads:
             head.place.data.copy_(head.new)
+        self.alpha = alpha
 
     def restore_(self) -> None:
         """Take it out again."""
+        self.alpha = None
         for part in self.parts:
             part.follow()
             part.put_(part.base)
@@ -338,7 +338,8 @@ class _Ready:
 
 
 def _in(directory: str | Path) -> dict[str, Source]:
-    configs = sorted(Path(directory).glob(f"*/{CONFIG_FILE}"))
+    # not what begins with a dot: an adapter that is being written, or wasn't written to the end
+    configs = sorted(Path(directory).glob(f"[!.]*/{CONFIG_FILE}"))
     found: dict[str, Source] = {path.parent.name: path.parent for path in configs}
     if not found:
         raise AdapterError(f"{directory} holds no directories of adapters; give a mapping of names to adapters")
