@@ -53,6 +53,16 @@ def test_switch_changes_a_copy_or_the_files_themselves(run, object_of, refused, 
     assert (out / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
 
 
+def test_switch_that_is_refused_leaves_no_copy(refused, pair, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(Net(seed=1).state_dict(), base / "model.safetensors")
+    before = (base / "model.safetensors").read_bytes()
+    assert "has other values than the base" in refused("shira", "switch", base, pair[0], "-o", tmp_path / "out")
+    assert "alpha=nan is no strength" in refused("shira", "switch", base, pair[0], "--alpha", "nan")
+    assert not (tmp_path / "out").exists() and (base / "model.safetensors").read_bytes() == before
+
+
 def test_info_on_several_says_what_they_share(run, object_of, pair, tmp_path):
     found = object_of("shira", "info", *pair, f"twin={pair[0]}")
     assert [told["name"] for told in found["adapters"]] == ["law", "news", "twin"]

@@ -1,6 +1,7 @@
 """Switching in a model's own files."""
 
 import json
+import math
 import os
 import shutil
 
@@ -113,6 +114,38 @@ def test_files_that_somebody_else_changed_are_not_spoiled(folder):
     (folder / STATE).write_bytes(base[path.name])
     with pytest.raises(AdapterError, match="is damaged"):
         active_in(folder)
+
+
+def test_values_that_are_no_numbers_come_back_too(folder):
+    model = Net().half()
+    delta = delta_of(0)
+    position = int(delta.updates["first.weight"].positions[2])
+    model.first.weight.data.view(-1)[position] = float("nan")
+    path = next(path for path in folder.glob("*.safetensors") if "first.weight" in load_file(path))
+    save_file({**load_file(path), "first.weight": model.first.weight.data}, path)
+    before = contents(folder)
+    switch_files(folder, delta, check=False)
+    assert switch_files(folder, None) == "a0"
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("alpha", [math.nan, math.inf])
+def test_a_strength_that_is_no_number_is_refused(folder, alpha):
+    before = contents(folder)
+    with pytest.raises(AdapterError, match=f"alpha={alpha} is no strength; give a finite number"):
+        switch_files(folder, delta_of(0), alpha=alpha)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()])
+def test_a_copy_that_is_cut_off_leaves_nothing(folder, tmp_path, monkeypatch, error):
+    def cut_off(source, target, **_):
+        raise error
+
+    monkeypatch.setattr(shutil, "copystat", cut_off)  # the last thing that copying a directory does
+    with pytest.raises((AdapterError, KeyboardInterrupt)):
+        copy_model(folder, tmp_path / "copy")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_links_are_refused_and_copies_are_files(folder, tmp_path):

@@ -27,7 +27,10 @@ Base = Annotated[
     str | None,
     typer.Option(metavar="MODEL", help="Directory or hub id of the base model; PEFT's own files need it."),
 ]
-Out = Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="A new or empty directory.")]
+Out = Annotated[
+    Path,
+    typer.Option("--out", "-o", metavar="OUT", help="A new or empty directory, or an adapter's, which is replaced."),
+]
 
 
 class Mask(str, Enum):
@@ -185,6 +188,8 @@ def switch(
 
     Example: adapterbank shira switch models/base adapters/law -o models/law
     """
+    import shutil
+
     from adapterbank.adapters.names import split_name
     from adapterbank.shira import SparseDelta
     from adapterbank.shira.model_files import active_in, copy_model, skeleton, switch_files
@@ -198,7 +203,12 @@ def switch(
     if out is not None:
         copy_model(model, out)
     place = out or model
-    before = switch_files(place, delta, alpha=alpha) if delta is not None or restore else active_in(place)
+    try:
+        before = switch_files(place, delta, alpha=alpha) if delta is not None or restore else active_in(place)
+    except BaseException:
+        if out is not None:  # a copy without what was asked for
+            shutil.rmtree(out, ignore_errors=True)
+        raise
     now = delta.name if delta is not None else None if restore else before
     left_out = sorted(delta.extras) if delta is not None else []
     if as_json:

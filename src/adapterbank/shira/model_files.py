@@ -5,7 +5,10 @@ complete before the first value is changed, so that the base model comes back bi
 """
 
 import json
+import math
 import mmap
+import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +22,7 @@ from torch import Tensor
 from adapterbank.adapters.disk import locked, replace_file
 from adapterbank.adapters.tensors import TensorFile
 from adapterbank.errors import AdapterError, MissingFileError
-from adapterbank.shira.delta import SparseDelta, gathered, put_
+from adapterbank.shira.delta import SparseDelta, changed, gathered, put_
 
 STATE = "adapterbank.base"
 """What the adapter in the weights has overwritten; there is none while they are the base model's. A safetensors file,
@@ -72,9 +75,11 @@ def switch_files(
 
     Raises:
         MissingFileError: If there is no model in safetensors files.
-        AdapterError: If the adapter doesn't fit, or the files are links or can't be written. The weights are then as
-            they were.
+        AdapterError: If the adapter doesn't fit, the strength isn't finite, or the files are links or can't be
+            written. The weights are then as they were.
     """
+    if not math.isfinite(alpha):
+        raise AdapterError(f"alpha={alpha} is no strength; give a finite number")
     directory = Path(directory).expanduser()
     try:
         with _mapped(_files(directory), directory) as (weights, flush):
@@ -127,11 +132,14 @@ def copy_model(directory: str | Path, out: str | Path) -> None:
     _files(directory)
     if out.exists():
         raise AdapterError(f"{out} exists; give a new directory")
+    temporary = out.parent / f".{out.name}.{secrets.token_hex(4)}.tmp"
     try:
-        shutil.copytree(directory, out)
+        shutil.copytree(directory, temporary)
+        os.replace(temporary, out)
     except (OSError, shutil.Error) as error:
-        shutil.rmtree(out, ignore_errors=True)
         raise AdapterError(f"{directory} can't be copied to {out}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 # --- the model's files ------------------------------------------------------------------------------------------------
@@ -197,7 +205,7 @@ def _state_of(delta: SparseDelta, weights: dict[str, Tensor], alpha: float, chec
         delta.check_base(saved)
     changes = {}
     for name, update in delta.updates.items():
-        new = (saved[name].float() + alpha * update.values.float()).to(saved[name].dtype)
+        new = changed(saved[name], update.values, alpha)
         changes[names[places[name].data_ptr()]] = _Change(positions=update.positions, base=saved[name], new=new)
     return _State(adapter=delta.name, changes=changes)
 
@@ -211,11 +219,17 @@ def _check_unchanged(state: _State, weights: dict[str, Tensor], directory: Path)
     """Every value is the base model's or the adapter's, as it must be also after a switch that was cut off."""
     for name, change in state.changes.items():
         there = gathered(weights[name], change.positions) if name in weights else None
-        if there is None or not bool(((there == change.base) | (there == change.new)).all()):
+        if there is None or there.dtype != change.base.dtype or not _is_either(there, change.base, change.new):
             raise AdapterError(
                 f"{directory}: {name} was changed since {state.adapter!r} was put in, so the base model can't come "
                 f"back; if this is a fresh copy of the model, delete {STATE}"
             )
+
+
+def _is_either(there: Tensor, one: Tensor, other: Tensor) -> bool:
+    # as bits: a value that is no number isn't equal to itself
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[there.element_size()]
+    return bool(((there.view(bits) == one.view(bits)) | (there.view(bits) == other.view(bits))).all())
 
 
 def _packed(state: _State) -> bytes:
