@@ -131,6 +131,16 @@ def test_autocast_computes_in_its_type_and_sums_gradients_in_float32(inputs):
     assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
+def test_weights_in_float64_keep_their_digits():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(8, 6, dtype=torch.float64)
+    expected, x = layer.weight.detach().clone(), torch.randn(3, 8, dtype=torch.float64)
+    model = get_peft_model(torch.nn.Sequential(layer), ShiraTunerConfig(density=0.5, target_modules=["0"]))
+    assert torch.equal(model(x), x @ expected.T + layer.bias)
+    model.merge_adapter()
+    assert torch.equal(layer.weight, expected)
+
+
 def test_threads_that_compute_at_once_leave_the_base_as_it_was(model, inputs):
     expected, wrong = logits(model, inputs), []
 
@@ -285,6 +295,63 @@ def test_a_file_of_another_kind_does_not_go_over_an_adapter(model, fields):
     other = get_peft_model(llama(), sparse(dora_rank=0 if "dora_rank" in fields else 2))
     with pytest.raises(AdapterError, match=r"'default' is .* positions for .*q_proj, but no sparse_.* a new name"):
         set_peft_model_state_dict(model, get_peft_model_state_dict(other))
+
+
+def test_a_dora_of_another_rank_does_not_go_over_an_adapter(inputs, tmp_path):
+    perturb(get_peft_model(llama(), sparse(dora_rank=4))).save_pretrained(tmp_path)
+    there = perturb(get_peft_model(llama(), sparse(dora_rank=2))).eval()
+    expected = logits(there, inputs)
+    with pytest.raises(
+        AdapterError, match=r"'default' is a DoRA of rank 2 in .*q_proj, the file's is of rank 4; load it"
+    ):
+        there.load_adapter(tmp_path, "default")
+    assert torch.equal(logits(there, inputs), expected)
+    there.load_adapter(tmp_path, "other")  # as it says
+    there.set_adapter("other")
+    loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
+    assert torch.equal(logits(there.eval(), inputs), logits(loaded, inputs))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("sparse_values", lambda t: t[1:], r"doesn't fit: sparse_values\.default of .*q_proj is \(101,\) .* \(102,\)"),
+        ("sparse_positions", lambda t: t[None], r"doesn't fit: sparse_positions\.default .* \(1, 102\) .* \(102,\)"),
+        ("sparse_dora.A", lambda t: t[:, 1:], r"doesn't fit: sparse_dora\.default\.A .* \(3, 31\) .* \(3, 32\)"),
+        ("sparse_dora.A", lambda t: t[1:], "is a DoRA of rank 3 in .*q_proj, the file's is of rank 2"),
+        ("sparse_dora.magnitude", lambda t: None, r"but no sparse_dora\.default\.magnitude"),
+    ],
+)
+def test_tensors_that_do_not_go_together_are_refused(tmp_path, part, change, message):
+    get_peft_model(llama(), sparse(dora_rank=3 if "dora" in part else 0)).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = {n: change(t) if n.endswith(f"q_proj.{part}") else t for n, t in load_file(path).items()}
+    save_file({n: t.contiguous() for n, t in tensors.items() if t is not None}, path)
+    with pytest.raises(AdapterError, match=message):
+        PeftModel.from_pretrained(llama(), tmp_path)
+
+
+def test_a_file_that_does_not_fit_one_layer_changes_none(model, inputs):
+    state = {name: torch.zeros_like(t) if t.is_floating_point() else t
+             for name, t in get_peft_model_state_dict(model).items()}  # fmt: skip
+    last = max(name for name in state if "positions" in name)
+    state[last] = state[last][None]
+    expected = logits(model, inputs)
+    with pytest.raises(AdapterError, match=r"doesn't fit: sparse_positions\.default"):
+        set_peft_model_state_dict(model, state)
+    assert torch.equal(logits(model, inputs), expected)
+
+
+def test_values_that_are_no_numbers_are_refused_before_they_are_used(model, inputs, tmp_path):
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = {n: torch.full_like(t, float("nan")) if t.is_floating_point() else t for n, t in load_file(path).items()}
+    save_file(tensors, path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    for use in (lambda: loaded(**inputs), loaded.merge_adapter):
+        with pytest.raises(AdapterError, match="its values hold nan or inf; take an earlier checkpoint"):
+            use()
+    assert untouched(loaded)
 
 
 def test_a_saved_config_alone_makes_no_adapter(model, inputs, tmp_path):

@@ -18,6 +18,7 @@ from adapterbank.shira import masks
 from adapterbank.shira.delta import (
     FLOATS,
     Fingerprint,
+    changed,
     check_fingerprint,
     fingerprint_of,
     gathered,
@@ -125,23 +126,57 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
         """Make ready for an adapter of a state dict, of whatever size, to be looked at when it is first used.
 
         Raises:
-            AdapterError: If the state dict has its positions, but not what gives its values.
+            AdapterError: If the state dict has its positions, but not what gives as many values, or a DoRA of another
+                rank or of another layer.
         """
         positions, there = state[f"{prefix}sparse_positions.{adapter_name}"], self.sparse_positions[adapter_name]
-        is_dora = adapter_name in self.sparse_dora
-        wanted = f"sparse_dora.{adapter_name}.magnitude" if is_dora else f"sparse_values.{adapter_name}"
-        if prefix + wanted not in state:
-            raise AdapterError(
-                f"adapter {adapter_name!r} is {'a DoRA' if is_dora else 'no DoRA'}: the file has positions for "
-                f"{prefix[:-1]}, but no {wanted.split('.')[0]}; load it under a new name, or save it again"
-            )
+        self.check_fits(adapter_name, state, prefix)
         if adapter_name in self.merged_adapters:
             self.unmerge()
-        if positions.ndim == 1 and len(positions) != len(there):
+        if len(positions) != len(there):
             self.put_in(adapter_name, torch.zeros_like(positions))
         if f"{prefix}sparse_fingerprint.{adapter_name}" not in state:
             self.sparse_fingerprint[adapter_name].zero_()  # of another file
         self.unchecked[adapter_name] = True
+
+    def check_fits(self, adapter_name: str, state: Mapping[str, Tensor], prefix: str) -> None:
+        """Look at what a state dict has for an adapter of this layer, before anything of it is taken over.
+
+        Args:
+            adapter_name: Which adapter.
+            state: Of any layers.
+            prefix: What the layer's names in it begin with.
+
+        Raises:
+            AdapterError: As :meth:`receive`.
+        """
+        places, layer = f"sparse_positions.{adapter_name}", prefix[:-1]
+        if prefix + places not in state:
+            return
+        count, is_dora = state[prefix + places].numel(), adapter_name in self.sparse_dora
+        wanted: dict[str, tuple[int, ...]] = {f"sparse_values.{adapter_name}": (count,)}
+        if is_dora:
+            parts = self.sparse_dora[adapter_name].named_parameters()
+            wanted = {f"sparse_dora.{adapter_name}.{part}": tuple(p.shape) for part, p in parts}
+        if missing := sorted(key for key in wanted if prefix + key not in state):
+            raise AdapterError(
+                f"adapter {adapter_name!r} is {'a DoRA' if is_dora else 'no DoRA'}: the file has positions for "
+                f"{layer}, but no {missing[0]}; load it under a new name, or save it again"
+            )
+        wanted[places] = (count,)
+        found = {key: tuple(state[prefix + key].shape) for key in wanted}
+        here, there = (shapes.get(f"sparse_dora.{adapter_name}.A", ()) for shapes in (wanted, found))
+        if here[:1] != there[:1]:
+            raise AdapterError(
+                f"adapter {adapter_name!r} is a DoRA of rank {here[0]} in {layer}, the file's is of rank {there[0]}; "
+                "load it under a new name, or delete the adapter that is there first"
+            )
+        for key, shape in found.items():
+            if shape != wanted[key]:
+                raise AdapterError(
+                    f"adapter {adapter_name!r} doesn't fit: {key} of {layer} is {shape} in the file, expected "
+                    f"{wanted[key]}; copy it again, or load the base model that it was trained on"
+                )
 
     def fingerprint(self, adapter_name: str) -> Fingerprint:
         """Of the base weight at an adapter's positions."""
@@ -181,10 +216,11 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
             self.check_loaded(name)
 
     def check_loaded(self, adapter_name: str) -> None:
-        """Look at what a file brought, once: its positions, and the base model that it was made for.
+        """Look at what a file brought, once: its positions and values, and the base model that it was made for.
 
         Raises:
-            AdapterError: If no file came, positions don't ascend within the weight, or the base is another model's.
+            AdapterError: If no file came, positions don't ascend within the weight, values aren't finite, or the base
+                is another model's.
         """
         if adapter_name not in self.unchecked:
             return
@@ -198,6 +234,10 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
         if not inside or not bool((positions[1:] > positions[:-1]).all()):
             raise AdapterError(
                 f"adapter {adapter_name!r} is damaged: its positions don't ascend within {total} weights; copy it again"
+            )
+        if not bool(self.values(adapter_name).isfinite().all()):
+            raise AdapterError(
+                f"adapter {adapter_name!r} is damaged: its values hold nan or inf; take an earlier checkpoint"
             )
         expected = read_fingerprint(self.sparse_fingerprint[adapter_name])
         if expected is not None and not check_fingerprint(expected, self.fingerprint(adapter_name)):
@@ -236,7 +276,7 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
         return found.index_put((self.sparse_positions[adapter].long(),), values).view(self.shape)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Never: its rank is as high as the layer allows; see ``SparseDelta.to_lora``."""
+        """Never: its rank is as high as the layer allows; see ``adapterbank.shira.to_lora``."""
         return False
 
     # --- merging ------------------------------------------------------------------------------------------------------
@@ -255,11 +295,11 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.sparse_positions]
         for name in names:
             self.check_loaded(name)
-        added = {name: self.values(name).float() for name in names}  # all of them before the first write
+        added = {name: self.values(name) for name in names}  # all of them before the first write
         for name in names:
             weight, positions = self.get_base_layer().weight.data, self.sparse_positions[name]
             saved = gathered(weight, positions)
-            new = (saved.float() + added[name]).to(weight.dtype)
+            new = changed(saved, added[name])
             if safe_merge and not new.isfinite().all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             put_(weight, positions, new)

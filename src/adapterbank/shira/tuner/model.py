@@ -85,6 +85,17 @@ class ShiraTunerModel(BaseTuner):
         )
         return found
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: ShiraTunerConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """As PEFT's; a file that doesn't fit one layer is refused before any layer has changed."""
+        found: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        for name, layer in model.named_modules():
+            if isinstance(layer, SparseLayer):
+                layer.check_fits(adapter_name, found, f"{name}.")
+        return found
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
