@@ -8,6 +8,7 @@ from adapterbank.adapters import LoraAdapter, LoraFactors
 from adapterbank.errors import AdapterError
 from adapterbank.shira.convert import from_dense, from_lora, to_lora
 from adapterbank.shira.delta import SparseDelta
+from adapterbank.shira.fusion import fuse
 from tiny_models import gpt2
 
 
@@ -69,6 +70,9 @@ def test_gpt_2_s_layers_are_stored_the_other_way_round(tmp_path):
     to_lora(delta, 2)[0].save(tmp_path / "back")
     back = PeftModel.from_pretrained(gpt2(), tmp_path / "back").eval()
     torch.testing.assert_close(back(ids).logits, expected, rtol=1e-3, atol=1e-4)
+    one = fuse({"one": delta})  # still says how its layers are stored
+    torch.testing.assert_close(to_lora(one, 2)[0].factors("transformer.h.0.attn.c_attn").update(),
+                               one.updates["transformer.h.0.attn.c_attn.weight"].dense().T)  # fmt: skip
     unsaid, _ = to_lora(replace(delta, config={}), 2, fan_in_fan_out=True)
     name = next(iter(unsaid.modules))
     torch.testing.assert_close(unsaid.factors(name).update(), delta.updates[f"{name}.weight"].dense().T)

@@ -201,6 +201,8 @@ def test_a_file_that_was_cut_anywhere_is_an_error(tmp_path):
 def test_what_is_not_there_and_what_needs_the_base_say_so(tmp_path):
     with pytest.raises(MissingFileError):
         SparseDelta.load(tmp_path / "nothing")
+    with pytest.raises(AdapterError, match="a state dict doesn't say what it is; pass config="):
+        SparseDelta.load({"a.sparse_values": torch.zeros(1)})
     files.save_as_supertuning(make_delta(Net()), tmp_path / "theirs")
     with pytest.raises(AdapterError, match="pass model=, the base model"):
         SparseDelta.load(tmp_path / "theirs")
@@ -237,6 +239,30 @@ def test_an_adapter_of_gpt_2_says_how_its_layers_are_stored(tmp_path):
     torch.testing.assert_close(lora.factors(next(iter(lora.modules))).update(), update.T, rtol=1e-3, atol=1e-4)
     delta.save(tmp_path / "b")
     assert SparseDelta.load(tmp_path / "b").config["fan_in_fan_out"]
+
+
+@pytest.mark.parametrize("write", [files.save_as_shira, files.save_as_supertuning])
+def test_peft_is_given_no_layers_that_it_does_not_take(tmp_path, write):
+    delta = SparseDelta.from_peft(trained(gpt2, target_modules=["c_attn"]))
+    with pytest.raises(AdapterError, match="its layers are GPT-2's Conv1D, which PEFT's SHiRA and Super-Tuning don't"):
+        write(delta, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("write", [files.save, files.save_as_shira, files.save_as_supertuning])
+def test_what_changes_nothing_is_not_written(tmp_path, write):
+    with pytest.raises(AdapterError, match="adapter 'a' changes nothing; there is nothing to write"):
+        write(SparseDelta(name="a", updates={}), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_layers_without_values_are_ours_and_not_peft_s(tmp_path):
+    nothing = {"first.weight": (torch.zeros(0, dtype=torch.int64), torch.zeros(0))}
+    delta = SparseDelta.from_tensors(nothing, {"first.weight": (40, 30)})
+    delta.save(tmp_path / "ours")
+    assert SparseDelta.load(tmp_path / "ours").updates["first.weight"].density == 0
+    with pytest.raises(AdapterError, match="a layer has no values, which PEFT's Super-Tuning doesn't take"):
+        files.save_as_supertuning(delta, tmp_path / "theirs")
 
 
 def test_a_dora_in_training_is_told_from_a_sparse_adapter(tmp_path):

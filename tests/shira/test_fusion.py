@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from adapterbank.errors import AdapterError
 from adapterbank.shira import fusion, masks
+from adapterbank.shira.convert import from_dense
 from adapterbank.shira.delta import SparseDelta, SparseUpdate
 from adapterbank.shira.fusion import awom, awor, distances, fuse, interference, overlaps
 from sparse import Net, make_delta
@@ -78,6 +79,19 @@ def test_what_does_not_go_together_is_refused():
         fuse({str(n): SparseDelta(name="a", updates={"w": update(torch.tensor([1]), (2, n))}) for n in (2, 3)})
     with pytest.raises(AdapterError, match="overlap='max' is unknown"):
         fuse({"one": one}, overlap="max")
+    with pytest.raises(AdapterError, match="the weight of 'one' is nan; give a finite number"):
+        fuse({"one": one}, weights={"one": math.nan})
+
+
+def test_a_fused_adapter_knows_its_base_where_one_adapter_has_all_the_positions():
+    one, two = make_delta(Net(), seed=0), make_delta(Net(), seed=1, only=("first.weight",))
+    alone, both = fuse({"one": one}), fuse({"one": one, "two": two})
+    assert both.updates["first.weight"].fingerprint is None
+    assert both.updates["body.q.weight"].fingerprint == one.updates["body.q.weight"].fingerprint
+    for fused in (alone, both, fuse({"one": one, "same": one})):
+        fused.apply_(Net())
+        with pytest.raises(AdapterError, match=r"body\.q\.weight has other values than the base model"):
+            fused.apply_(Net(seed=1))
 
 
 # --- interference -----------------------------------------------------------------------------------------------------
@@ -106,6 +120,28 @@ def test_without_common_rows_there_is_no_cross_term():
     one = update(torch.arange(0, 20), (4, 10))
     two = update(torch.arange(20, 40), (4, 10), 1)
     assert awom(one, two) == 0.0 and awom(one, two, order="spectral") == 0.0 and awor(one, two) == 1.0
+
+
+@pytest.mark.parametrize("size", [128, 256])
+def test_struct_masks_of_other_offsets_are_more_orthogonal_than_wm_ones_and_those_than_loras(size):
+    # S35: the order of figures 4 and 9; in expectation parts of one ranking overlap no less than one mask with itself
+    density, rank = 0.02, 4
+    found = dict.fromkeys(("struct", "wm", "wm, own part", "lora"), 0.0)
+    for seed in range(5):
+        seeded = torch.Generator().manual_seed(seed)
+        weight = torch.randn(size, size, generator=seeded)
+        masked = {
+            "struct": [masks.struct((size, size), density, offset=o) for o in (0, 3)],
+            "wm": [masks.wm(weight, density)] * 2,
+            "wm, own part": [masks.wm(weight, density, part=part) for part in (0, 1)],
+        }
+        pairs = {name: [update(p, (size, size), i) for i, p in enumerate(both)] for name, both in masked.items()}
+        factors = torch.randn(2, size, rank, generator=seeded), torch.randn(2, rank, size, generator=seeded)
+        pairs["lora"] = [from_dense({"w": m}, 1.0)[0].updates["w"] for m in factors[0] @ factors[1]]
+        for name, pair in pairs.items():
+            found[name] += awor(*pair) / 5
+    assert found["struct"] > found["wm"] > 0.8 and found["lora"] == 0
+    assert found["wm"] == pytest.approx(found["wm, own part"], abs=0.01)
 
 
 def test_a_dense_pair_has_the_norm_of_its_product_and_no_zeros():

@@ -62,13 +62,15 @@ def load(
         source: Directory, file, hub id, or a state dict.
         name: Of the adapter; by default that of the directory.
         model: The base model, or its parameters by name. PEFT's files don't say how large layers are, so they need it.
-        config: In the place of the ``adapter_config.json``.
+        config: In the place of the ``adapter_config.json``; a state dict needs it.
         allow_pickle: Read a ``.bin`` file, restricted to plain weights.
 
     Raises:
         MissingFileError: If there is nothing there.
         AdapterError: If it is no sparse adapter, is damaged, or needs ``model``.
     """
+    if isinstance(source, Mapping) and config is None:
+        raise AdapterError("a state dict doesn't say what it is; pass config=, as adapter_config.json has it")
     name, config, tensors = open_source(source, name=name, config=config, allow_pickle=allow_pickle)
     where, kind = f"adapter {name!r}", peft_type(config)
     if kind not in LAYOUTS:
@@ -180,10 +182,10 @@ def save(delta: SparseDelta, directory: str | Path, *, dtype: torch.dtype | None
         dtype: Of the values; by default float16 or bfloat16, whichever is nearer to them.
 
     Raises:
-        AdapterError: If a value doesn't fit the type, or the directory can't be written.
+        AdapterError: If it changes no layer, a value doesn't fit the type, or the directory can't be written.
     """
-    kind = _nearest(delta) if dtype is None else dtype
-    tensors, updates = _tensors(delta, LAYOUTS[TYPE], kind), _by_layer(delta)
+    updates = _by_layer(delta)
+    tensors = _tensors(delta, LAYOUTS[TYPE], _nearest(delta) if dtype is None else dtype)
     config = _config(delta, TYPE) | {
         "density": delta.density,
         "mask": delta.mask,
@@ -199,9 +201,10 @@ def save_as_shira(delta: SparseDelta, directory: str | Path) -> None:
     """Write a checkpoint of PEFT's SHiRA: 12 bytes a value.
 
     Raises:
-        AdapterError: If the counts aren't ``r (d_in + d_out)`` for one ``r``, which PEFT asks for.
+        AdapterError: If the counts aren't ``r (d_in + d_out)`` for one ``r``, which PEFT asks for, or the layers are
+            GPT-2's Conv1D, which it doesn't take.
     """
-    updates = _by_layer(delta)
+    updates = _linears(delta)
     ranks = {layer: len(u.positions) / sum(u.shape) for layer, u in updates.items()}
     r = next(iter(ranks.values()), 0.0)
     for layer, rank in ranks.items():
@@ -224,12 +227,13 @@ def save_as_supertuning(delta: SparseDelta, directory: str | Path) -> None:
     """Write a checkpoint of PEFT's Super-Tuning: 8 bytes a value.
 
     Raises:
-        AdapterError: If no one sparsity gives the counts of all layers, or a layer is too large for int32.
+        AdapterError: If no one sparsity gives the counts of all layers, a layer has no values or is too large for
+            int32, or the layers are GPT-2's Conv1D, which PEFT doesn't take here.
     """
-    updates = _by_layer(delta)
+    updates = _linears(delta)
     sizes = [(len(u.positions), u.shape[0] * u.shape[1]) for u in updates.values()]
-    if not sizes:
-        raise AdapterError(f"adapter {delta.name!r} changes nothing; there is nothing to write")
+    if not all(count for count, _ in sizes):
+        raise AdapterError(f"adapter {delta.name!r}: a layer has no values, which PEFT's Super-Tuning doesn't take")
     # PEFT keeps int(total * (1 - sparsity)) values
     least, most = max(count / total for count, total in sizes), min((count + 1) / total for count, total in sizes)
     sparsity = 1 - (least + most) / 2
@@ -245,7 +249,18 @@ def save_as_supertuning(delta: SparseDelta, directory: str | Path) -> None:
     write_directory(Path(directory), config, tensors, f"adapter {delta.name!r}")
 
 
+def _linears(delta: SparseDelta) -> dict[str, SparseUpdate]:
+    if delta.config.get("fan_in_fan_out"):
+        raise AdapterError(
+            f"adapter {delta.name!r}: its layers are GPT-2's Conv1D, which PEFT's SHiRA and Super-Tuning don't take; "
+            "save it as it is, or make a LoRA of it"
+        )
+    return _by_layer(delta)
+
+
 def _by_layer(delta: SparseDelta) -> dict[str, SparseUpdate]:
+    if not delta.updates:
+        raise AdapterError(f"adapter {delta.name!r} changes nothing; there is nothing to write")
     for parameter in delta.updates:
         if not parameter.endswith(".weight"):
             raise AdapterError(f"adapter {delta.name!r}: {parameter} is no layer's weight, so PEFT has no name for it")

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -36,10 +36,11 @@ def fuse(
         name: Of the result.
 
     Returns:
-        An adapter without task heads: theirs differ.
+        An adapter without task heads: theirs differ. Of its base it knows the layers in which one adapter has all the
+        positions.
 
     Raises:
-        AdapterError: If a shape or a base differs, or a name or policy is unknown.
+        AdapterError: If a shape or a base differs, a name or policy is unknown, or a weight isn't finite.
     """
     if not deltas:
         raise AdapterError("there is nothing to fuse; give at least one adapter")
@@ -48,6 +49,9 @@ def fuse(
     weights = dict(weights or {})
     if strangers := sorted(weights.keys() - deltas.keys()):
         raise AdapterError(f"weights has {strangers[0]!r}; the adapters are {', '.join(deltas)}")
+    for key, weight in weights.items():
+        if not math.isfinite(weight):
+            raise AdapterError(f"the weight of {key!r} is {weight}; give a finite number")
     bases = {delta.base for delta in deltas.values() if delta.base}
     if len(bases) > 1:
         raise AdapterError(f"the adapters are of different base models: {', '.join(sorted(bases))}")
@@ -63,7 +67,12 @@ def fuse(
         updates[parameter] = _fused(found, overlap)
     first = next(iter(deltas.values()))
     return replace(first, name=name, updates=updates, base=bases.pop() if bases else None, mask=None, seed=None,
-                   extras={}, config={})  # fmt: skip
+                   extras={}, config=_layout(deltas))  # fmt: skip
+
+
+def _layout(deltas: Mapping[str, SparseDelta]) -> dict[str, Any]:
+    """How the layers store their weights: the one thing in a config that holds for all adapters of a base."""
+    return {"fan_in_fan_out": True} if any(delta.config.get("fan_in_fan_out") for delta in deltas.values()) else {}
 
 
 def _fused(found: Sequence[tuple[float, SparseUpdate]], overlap: str) -> SparseUpdate:
@@ -82,7 +91,10 @@ def _fused(found: Sequence[tuple[float, SparseUpdate]], overlap: str) -> SparseU
         if overlap == "mean":
             fused = fused / counts
     shape = found[0][1].shape
-    return SparseUpdate(positions=union.to(dtype_of(shape)), values=fused, shape=shape)
+    known = (u.fingerprint for _, u in found if len(u.positions) == len(union))  # these are its positions
+    return SparseUpdate(
+        positions=union.to(dtype_of(shape)), values=fused, shape=shape, fingerprint=next(filter(None, known), None)
+    )
 
 
 # --- interference -----------------------------------------------------------------------------------------------------
