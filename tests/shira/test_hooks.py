@@ -121,6 +121,22 @@ def test_what_is_no_matrix_is_refused():
         mask_gradients(model, {"0.bias": torch.tensor([1])}, optimizer)
 
 
+@pytest.mark.parametrize(("first", "last"), [(-1, 3), (0, 24)])
+def test_positions_outside_of_a_parameter_are_refused(first, last):
+    model = nn.Linear(4, 6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(AdapterBankError, match=f"weight: positions reach from {first} to {last}, it has 24 weights"):
+        mask_gradients(model, {"weight": torch.tensor([first, 2, last])}, optimizer)
+
+
+def test_a_parameter_that_is_not_stored_row_by_row_is_refused():
+    model = nn.Linear(4, 6)
+    model.weight = nn.Parameter(torch.randn(4, 6).T)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(AdapterBankError, match=r"weight has strides \(1, 6\).* make it contiguous"):
+        mask_gradients(model, {"weight": torch.tensor([2])}, optimizer)
+
+
 def test_when_the_masks_are_off_everything_trains():
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -135,6 +135,12 @@ def test_bernoulli_draws_have_the_binomial_count():
     assert len(set(counts)) > 1
 
 
+@pytest.mark.parametrize("density", [0.0, 1.5, math.nan])
+def test_draws_want_a_density_that_is_a_share(density):
+    with pytest.raises(AdapterBankError, match="is no share of a layer's weights"):
+        masks.rand((4, 4), density, bernoulli=True)
+
+
 def test_a_negative_seed_is_refused():
     with pytest.raises(AdapterBankError, match="seed=-1 is negative; give 0 or more"):
         masks.rand((4, 4), 0.5, seed=-1)

@@ -70,8 +70,8 @@ def mask_gradients(
         optimizer: That trains them.
 
     Raises:
-        AdapterBankError: If a parameter is missing, frozen or no matrix, or the optimiser doesn't train it, or decays
-            it: AdamW's decay moves weights that have no gradient too.
+        AdapterBankError: If a parameter is missing, frozen or no dense matrix, positions lie outside of it, or the
+            optimiser doesn't train it, or decays it: AdamW's decay moves weights that have no gradient too.
     """
     named, decays = dict(model.named_parameters()), _decays(optimizer)
     parameters = {}
@@ -82,6 +82,7 @@ def mask_gradients(
             raise AdapterBankError(
                 f"{name} is {tuple(named[name].shape)}: sparse adapters change matrices; leave it out of the positions"
             )
+        _check_places(name, named[name], positions[name])
         if not named[name].requires_grad:
             raise AdapterBankError(f"{name} is frozen; set requires_grad_(True) on what is to be trained")
         if named[name] not in decays:
@@ -93,6 +94,19 @@ def mask_gradients(
             )
         parameters[name] = named[name]
     return MaskedGradients(parameters, dict(positions))
+
+
+def _check_places(name: str, parameter: nn.Parameter, positions: Tensor) -> None:
+    if not parameter.is_contiguous():
+        raise AdapterBankError(
+            f"{name} has strides {parameter.stride()}: it isn't stored row by row; make it contiguous"
+        )
+    total = parameter.numel()
+    if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < total:
+        raise AdapterBankError(
+            f"{name}: positions reach from {int(positions.min())} to {int(positions.max())}, it has {total} weights; "
+            "choose them for this layer"
+        )
 
 
 def _decays(optimizer: torch.optim.Optimizer) -> dict[Tensor, float]:

@@ -134,12 +134,14 @@ def rand(
         bernoulli: Each position by itself, as in the paper (B.2); by default exactly :func:`count_of`.
 
     Raises:
-        AdapterBankError: If the seed is negative.
+        AdapterBankError: If the seed is negative, or the density is no share.
     """
     if seed < 0:
         raise AdapterBankError(f"seed={seed} is negative; give 0 or more")
     seeded, total = np.random.default_rng([seed, zlib.crc32(name.encode())]), shape[0] * shape[1]
-    count = int(seeded.binomial(total, density)) if bernoulli else count_of(shape, density)
+    count = count_of(shape, density)
+    if bernoulli:
+        count = int(seeded.binomial(total, density))
     return _positions(torch.from_numpy(np.sort(seeded.choice(total, count, replace=False, shuffle=False))), shape)
 
 
