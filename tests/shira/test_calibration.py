@@ -81,6 +81,13 @@ def test_everything_else_is_left_as_found(batches):
     assert all(p.requires_grad and not p.any() for p in values.values())
 
 
+def test_it_tells_how_far_it_is(batches):
+    model, told = get_peft_model(llama(), config()), []
+    calibrate(model, batches, layers_at_once=4, progress=lambda *words: told.append(words))
+    # six layers are two rounds of three batches
+    assert told == [("sum gradients", done, 6) for done in range(1, 7)]
+
+
 def test_afterwards_it_trains_saves_and_loads(batches, tmp_path):
     from peft import PeftModel
 

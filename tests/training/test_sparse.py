@@ -56,6 +56,13 @@ def test_the_file_is_a_sparse_adapter_in_16_bits_that_names_no_folder(bert, tmp_
     delta.apply_(base_of(bert))  # whose fingerprint it knows
 
 
+def test_looking_for_positions_is_told_batch_by_batch(bert, tmp_path):
+    told = []
+    train(bert, tmp_path / "out", replace(SETTINGS, epochs=1, mask="grad"), progress=lambda *words: told.append(words))
+    steps = [words for words in told if words[0] == "sum gradients"]
+    assert len(steps) > 1 and steps == [("sum gradients", n, len(steps)) for n in range(1, len(steps) + 1)]
+
+
 def test_equal_settings_give_equal_files_and_another_seed_does_not(bert, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         train(bert, tmp_path / name, replace(SETTINGS, epochs=1, seed=seed))

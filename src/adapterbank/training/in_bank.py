@@ -112,7 +112,7 @@ class _InBank(Method):
         )
         return get_peft_model(base.model, config)
 
-    def look(self, model: Any, batches: Iterable[Any]) -> None:
+    def look(self, model: Any, batches: Iterable[Any], progress: Tell) -> None:
         augment(model, batches, self.settings.gradient_directions or 0)
 
     def optimizer_groups(self, model: Any) -> list[dict[str, Any]]:

@@ -100,8 +100,8 @@ class Method(ABC):
         """The PEFT model with a fresh adapter, or with room for what a checkpoint holds."""
 
     @abstractmethod
-    def look(self, model: Any, batches: Iterable[Any]) -> None:
-        """Look at the task's gradient before training."""
+    def look(self, model: Any, batches: Iterable[Any], progress: Tell) -> None:
+        """Look at the task's gradient before training, and tell how far that is."""
 
     @abstractmethod
     def optimizer_groups(self, model: Any) -> list[dict[str, Any]]:
@@ -253,7 +253,7 @@ class _Run:
             )
             self.tell(self.method.looking, 0, 1)
             batches = ({name: value.to(trainer.args.device) for name, value in batch.items()} for batch in loader)
-            self.method.look(self.model, batches)
+            self.method.look(self.model, batches, self.tell)
             self.tell(self.method.looking, 1, 1)
         return Scores(loss=found["eval_loss"], accuracy=found["eval_accuracy"])
 

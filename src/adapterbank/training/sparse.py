@@ -98,8 +98,8 @@ class _Sparse(Method):
             config = self.settings.config(modules_to_save=base.heads or None)
         return get_peft_model(base.model, config)
 
-    def look(self, model: Any, batches: Iterable[Any]) -> None:
-        calibrate(model, batches)
+    def look(self, model: Any, batches: Iterable[Any], progress: Tell) -> None:
+        calibrate(model, batches, progress=progress)
 
     def optimizer_groups(self, model: Any) -> list[dict[str, Any]]:
         return optimizer_groups(model, self.settings.lr, head_lr=self.settings.head_lr)

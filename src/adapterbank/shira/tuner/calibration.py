@@ -49,7 +49,7 @@ def calibrate(
         layers_at_once: So many dense gradients in memory at a time, at the cost of as many more passes; by default all.
         head_steps: Steps of AdamW on the modules in ``modules_to_save``, for the while of this call.
         head_lr: Their learning rate.
-        progress: Called with ``(stage, done, total)``.
+        progress: Called with ``(stage, done, total)`` after each batch.
 
     Raises:
         AdapterBankError: If the adapter's mask needs no gradient, it isn't active or was trained, an adapter is merged,
@@ -64,9 +64,11 @@ def calibrate(
         _base_alone(model),
         fitted_head(model, adapter_name, held, loss, head_steps, head_lr),
     ):
-        for names in _chunks(list(layers), layers_at_once or len(layers)):
+        chunks = list(_chunks(list(layers), layers_at_once or len(layers)))
+        for i, names in enumerate(chunks):
             weights = [layers[name].get_base_layer().weight for name in names]
-            sums = _summed(model, weights, held, loss, how)
+            passes = _told(held, progress, i * len(held), len(chunks) * len(held))
+            sums = _summed(model, weights, passes, loss, how)
             for name, weight, gradient in zip(names, weights, sums, strict=True):
                 if not gradient.any():
                     raise AdapterBankError(
@@ -77,8 +79,6 @@ def calibrate(
                     found[name] = masks.grad(gradient, config.density, part=config.part)
                 else:
                     found[name] = masks.snip(weight, gradient, config.density, part=config.part)
-                if progress:
-                    progress("choose positions", len(found), len(layers))
     for name, layer in layers.items():  # all or none
         layer.put_in(adapter_name, found[name])
     config.calibration = {"how": how, "batches": len(held)}
@@ -114,10 +114,18 @@ def _chunks(names: list[str], size: int) -> Iterator[list[str]]:
         yield chunk
 
 
+def _told(batches: list[Any], progress: Callable[[str, int, int], None] | None, done: int, total: int) -> Iterator[Any]:
+    """The batches; each one is told when it is done."""
+    for number, batch in enumerate(batches, start=done + 1):
+        yield batch
+        if progress:
+            progress("sum gradients", number, total)
+
+
 def _summed(
     model: nn.Module,
     weights: list[nn.Parameter],
-    batches: list[Any],
+    batches: Iterable[Any],
     loss: Loss,
     how: str,
 ) -> list[Float[Tensor, "_ _"]]:
