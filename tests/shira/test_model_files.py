@@ -148,6 +148,35 @@ def test_a_copy_that_is_cut_off_leaves_nothing(folder, tmp_path, monkeypatch, er
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("positions", lambda t: t.float(), "is damaged"),
+        ("positions", lambda t: t[1:], "is damaged"),
+        ("base", lambda t: t.float(), "is damaged"),
+        ("new", lambda t: t.to(torch.int16), "is damaged"),
+        ("positions", lambda t: t + 10**6, "was changed since 'a0' was put in"),
+        ("positions", lambda t: t - 10**6, "was changed since 'a0' was put in"),
+    ],
+)
+def test_a_damaged_state_is_one_clear_error_and_changes_nothing(folder, part, change, message):
+    switch_files(folder, delta_of(0))
+    state = load_file(folder / STATE)
+    save_file({**state, f"{part}.first.weight": change(state[f"{part}.first.weight"]).contiguous()}, folder / STATE)
+    before = contents(folder)
+    for delta in (None, delta_of(1)):
+        with pytest.raises(AdapterError, match=message):
+            switch_files(folder, delta)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/tmp/model.safetensors", 7])
+def test_an_index_leads_nowhere_else(folder, tmp_path, name):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"first.weight": name}}))
+    with pytest.raises(AdapterError, match="which is no file beside it"):
+        switch_files(folder, delta_of(0))
+
+
 def test_links_are_refused_and_copies_are_files(folder, tmp_path):
     linked = tmp_path / "linked"
     linked.mkdir()

@@ -22,7 +22,7 @@ from torch import Tensor
 from adapterbank.adapters.disk import locked, replace_file
 from adapterbank.adapters.tensors import TensorFile
 from adapterbank.errors import AdapterError, MissingFileError
-from adapterbank.shira.delta import SparseDelta, changed, gathered, put_
+from adapterbank.shira.delta import FLOATS, SparseDelta, changed, gathered, put_
 
 STATE = "adapterbank.base"
 """What the adapter in the weights has overwritten; there is none while they are the base model's. A safetensors file,
@@ -38,6 +38,12 @@ class _Change:
     positions: Tensor
     base: Tensor
     new: Tensor
+
+    def is_whole(self) -> bool:
+        """Whether there is as much of everything, of the types that it is written in."""
+        one, other = self.base, self.new
+        typed = self.positions.dtype in (torch.int32, torch.int64) and one.dtype in FLOATS and one.dtype == other.dtype
+        return typed and self.positions.ndim == 1 and self.positions.shape == one.shape == other.shape
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -152,7 +158,10 @@ def _files(directory: Path) -> list[Path]:
             names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise AdapterError(f"{indices[0]} is no index of weights; copy it again") from error
-        found = [directory / str(name) for name in names]
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name:  # a path from a file leads anywhere
+                raise AdapterError(f"{indices[0]} names {str(name)[:80]!r}, which is no file beside it; copy it again")
+        found = [directory / name for name in names]
     else:
         found = sorted(directory.glob("*.safetensors"))
     if not found:
@@ -218,12 +227,21 @@ def _write(weights: dict[str, Tensor], state: _State, which: str) -> None:
 def _check_unchanged(state: _State, weights: dict[str, Tensor], directory: Path) -> None:
     """Every value is the base model's or the adapter's, as it must be also after a switch that was cut off."""
     for name, change in state.changes.items():
-        there = gathered(weights[name], change.positions) if name in weights else None
-        if there is None or there.dtype != change.base.dtype or not _is_either(there, change.base, change.new):
+        weight = weights.get(name)
+        if (
+            weight is None
+            or weight.dtype != change.base.dtype
+            or not _reaches(weight, change.positions)
+            or not _is_either(gathered(weight, change.positions), change.base, change.new)
+        ):
             raise AdapterError(
                 f"{directory}: {name} was changed since {state.adapter!r} was put in, so the base model can't come "
                 f"back; if this is a fresh copy of the model, delete {STATE}"
             )
+
+
+def _reaches(weight: Tensor, positions: Tensor) -> bool:
+    return not len(positions) or 0 <= int(positions.min()) <= int(positions.max()) < weight.numel()
 
 
 def _is_either(there: Tensor, one: Tensor, other: Tensor) -> bool:
@@ -246,9 +264,12 @@ def _read_state(directory: Path) -> _State | None:
     file = TensorFile(path)
     parts = {key: file.read(key) for key in file.entries}
     names = {key.partition(".")[2] for key in parts if key != "adapter"}
+    damaged = AdapterError(f"{path} is damaged; copy the base model again, and delete {STATE}")
     try:
         adapter = parts["adapter"].numpy().tobytes().decode()
         changes = {name: _Change(**{part: parts[f"{part}.{name}"] for part in PARTS}) for name in names}
     except (KeyError, UnicodeDecodeError) as error:
-        raise AdapterError(f"{path} is damaged; copy the base model again, and delete {STATE}") from error
+        raise damaged from error
+    if not all(change.is_whole() for change in changes.values()):
+        raise damaged
     return _State(adapter=adapter, changes=changes)
