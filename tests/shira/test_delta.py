@@ -73,6 +73,16 @@ def test_a_model_inside_another_one_is_found_by_its_names():
     assert equal(model, before)
 
 
+def test_a_part_that_several_parameters_fit_is_refused():
+    delta = make_delta(Net())
+    both = replace(delta, updates={f"{side}.first.weight": delta.updates["first.weight"] for side in ("one", "other")})
+    model = Net()
+    before = copies(model)
+    with pytest.raises(AdapterError, match="several of its parameters fit one of the model's; give the whole model"):
+        both.apply_(model)
+    assert equal(model, before)
+
+
 # --- refused, and nothing has changed ---------------------------------------------------------------------------------
 
 

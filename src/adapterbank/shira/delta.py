@@ -232,7 +232,8 @@ class SparseDelta:
         """The model's tensor for each parameter of the delta.
 
         Raises:
-            AdapterError: If one is missing, has another shape, is another parameter too, or can't be changed in place.
+            AdapterError: If one is missing, has another shape, is another parameter too, fits several of the adapter's,
+                or can't be changed in place.
         """
         where, present = f"adapter {self.name!r}", tensors_of(model)
         owners, found = dict[int, list[str]](), dict[str, Tensor]()
@@ -256,6 +257,10 @@ class SparseDelta:
             if len(tied := owners[weight.data_ptr()]) > 1:
                 raise AdapterError(f"{where}: {' and '.join(tied)} are one tensor of the model: both would change")
             found[name] = weight
+        if len({id(weight) for weight in found.values()}) < len(found):
+            raise AdapterError(
+                f"{where}: several of its parameters fit one of the model's; give the whole model, not a part of it"
+            )
         return found
 
     def heads_in(self, model: Model) -> dict[str, Tensor]:
