@@ -10,8 +10,6 @@ from adapterbank.shira import masks
 from adapterbank.shira.hooks import mask_gradients
 from adapterbank.shira.tuner import ShiraTunerConfig, SparseLayer
 
-SHAPE = (24, 16)
-
 
 class Net(nn.Module):
     def __init__(self):

@@ -6,7 +6,6 @@ from typing import Any
 
 from peft import PeftConfig
 
-from adapterbank.adapters.names import base_model_id
 from adapterbank.errors import AdapterBankError
 from adapterbank.peft_type import add_peft_type
 from adapterbank.shira.files import TYPE
@@ -83,12 +82,7 @@ class ShiraTunerConfig(PeftConfig):
             raise AdapterBankError("layers_pattern does nothing without layers_to_transform")
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields for ``adapter_config.json``, the base model without a path."""
+        """Fields for ``adapter_config.json``."""
         data = {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(self)}
         data |= {name: sorted(value) for name, value in data.items() if isinstance(value, set)}
         return data | {"is_saved": True}
-
-    @property
-    def base(self) -> str | None:
-        """Id of the base model."""
-        return base_model_id(self.base_model_name_or_path)
