@@ -87,7 +87,8 @@ def through_sparse(x: Float[Tensor, "m t d_in"], S: Float[Tensor, "d_out d_in"])
     A token costs as many products as ``S`` has values: a hundredth of the base layer's at a density of 1 %.
     """
     found: Tensor = S @ x.reshape(-1, x.shape[-1]).to(S.dtype).T
-    return found.T.reshape(*x.shape[:-1], -1)
+    # contiguous, as adding it to rows would otherwise go through it column by column
+    return found.T.contiguous().view(*x.shape[:-1], -1)
 
 
 def crossover(k: int, r: int) -> float:

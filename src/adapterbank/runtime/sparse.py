@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from adapterbank.adapters.live import layer_sizes
@@ -95,6 +96,20 @@ def _oriented(update: SparseUpdate, linear: bool) -> SparseUpdate:
     return SparseUpdate.of(positions % columns * rows + positions // columns, update.values, (columns, rows))
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Groups:
+    """What the rows of a batch need at one layer."""
+
+    batch: int
+    """Rows of the batch."""
+    rows: Int[Tensor, " m"]
+    """Those with an update here, one group after the other."""
+    sizes: list[int]
+    """Rows of each group."""
+    matrices: list[Tensor]
+    """Its update."""
+
+
 class SparseLayer:
     """A linear layer whose output gets, in each group of rows, the update of the group's sparse adapter added.
 
@@ -104,8 +119,7 @@ class SparseLayer:
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
-        self.active: tuple[int, list[tuple[Tensor, Tensor]]] | None = None
-        """Rows of the batch; those of each group, and the group's update."""
+        self.active: _Groups | None = None
         self._handle = layer.register_forward_hook(self._hook)
 
     def release(self) -> None:
@@ -119,22 +133,26 @@ class SparseLayer:
             groups: Rows, and their update.
             batch: Rows of the batch.
         """
+        if not groups:
+            self.active = None
+            return
         device = device_of(self.layer) or torch.device("cpu")
-        found = [
-            (
-                torch.tensor(rows, device=device),
-                ops.compressed(update.positions.to(device), update.values.to(device, torch.float32), update.shape),
-            )
-            for rows, update in groups
-        ]
-        self.active = (batch, found) if found else None
+        updates = (update for _, update in groups)
+        self.active = _Groups(
+            batch=batch,
+            rows=torch.tensor([row for rows, _ in groups for row in rows], device=device),
+            sizes=[len(rows) for rows, _ in groups],
+            matrices=[
+                ops.compressed(update.positions.to(device), update.values.to(device, torch.float32), update.shape)
+                for update in updates
+            ],
+        )
 
     def _hook(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if self.active is None:
+        groups = self.active
+        if groups is None:
             return None
-        batch, groups = self.active
-        x, found = by_row(args[0], batch), by_row(output, batch)
-        for rows, update in groups:
-            # not a sum over all: rows of the base model stay as they are, to the bit
-            found = found.index_add(0, rows, ops.through_sparse(x[rows], update).to(output.dtype))
-        return found.view(output.shape)
+        parts = torch.split(by_row(args[0], groups.batch)[groups.rows], groups.sizes)
+        delta = torch.cat([ops.through_sparse(x, S) for x, S in zip(parts, groups.matrices, strict=True)])
+        # not a sum over all: rows of the base model stay as they are, to the bit
+        return by_row(output, groups.batch).index_add(0, groups.rows, delta.to(output.dtype)).view(output.shape)
