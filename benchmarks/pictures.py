@@ -33,6 +33,15 @@ WORKING_SETS: dict[str, dict[str, Any]] = {
     "PEFT, hot swapping": {"color": INK, "marker": "o", "markersize": 4, "linewidth": 1.1},
 }
 """The lines of the working sets' picture."""
+ORTHOGONALITY: dict[str, dict[str, Any]] = {
+    "struct, own rows": {"color": BANK, "marker": "o", "markersize": 5.5, "linewidth": 2.6, "zorder": 5},
+    "wm, one mask": {"color": "#1d4ed8", "marker": "s", "markersize": 5.5, "linewidth": 1.1},
+    "wm, own masks": {"color": "#7c3aed", "marker": "D", "markersize": 3, "linewidth": 1.1},
+    "struct, one mask": {"color": "#64748b", "marker": "v", "markersize": 4, "linewidth": 1.1},
+    "sparse LoRA": {"color": "#0f766e", "marker": "^", "markersize": 5.5, "linewidth": 1.1},
+    "LoRA": {"color": INK, "marker": "o", "markersize": 3, "linewidth": 1.1},
+}
+"""The lines of the picture of masks in each other's way."""
 LEFT, RIGHT, LOW, HIGH = 2.8, 150.0, 0.0015, 1.25
 
 
@@ -118,6 +127,29 @@ def draw_working_set(rows: list[dict[str, Any]], path: Path) -> Path:
         _line(axis, [(row["members"], 1e3 * row["seconds"][name]) for row in rows], label=name, **style)
     axis.set_ylim(bottom=0)
     figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    return path
+
+
+def draw_orthogonality(rows: list[dict[str, Any]], path: Path) -> Path:
+    """AWOR by size of the layer."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "adapterbank"  # the same file from the same numbers
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axis = figure.subplots()
+    _plain(axis)
+    axis.set(xscale="log", ylim=(-0.03, 1.03))
+    sizes = sorted({row["size"] for row in rows})
+    axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axis.minorticks_off()
+    axis.set_xlabel("width of the layer", color=INK)
+    axis.set_ylabel("AWOR: zeros in $S_1^T S_2$", color=INK)
+    for kind, style in ORTHOGONALITY.items():
+        _line(axis, [(row["size"], row["awor"]) for row in rows if row["kind"] == kind], label=kind, **style)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     return path

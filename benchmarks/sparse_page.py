@@ -16,6 +16,8 @@ def page(results: dict[str, Result]) -> list[str]:
         parts += _step(results["sparse-step"])
     if "sparse-switch" in results:
         parts += _switch(results["sparse-switch"])
+    if "sparse-orthogonality" in results:
+        parts += _orthogonality(results["sparse-orthogonality"])
     return parts
 
 
@@ -70,6 +72,33 @@ def _switch(result: Result) -> list[str]:
         f"Weights that aren't the base model's any more after {switches:,} random switches among ten adapters:",
         table(["", *result["drift"][0]["changed"]], drifts),
         targets(result),
+    ]
+
+
+def _orthogonality(result: Result) -> list[str]:
+    sizes = sorted({row["size"] for row in result["rows"]})
+    found = {(row["kind"], row["size"]): row for row in result["rows"]}
+    kinds = list(dict.fromkeys(row["kind"] for row in result["rows"]))
+
+    def rows_of(told: Callable[[Result], str]) -> list[list[str]]:
+        return [[kind, *(told(found[kind, size]) if (kind, size) in found else "" for size in sizes)] for kind in kinds]
+
+    seeds = ", ".join(f"{row['seeds']} at {row['size']}" for row in result["rows"] if row["kind"] == "wm, one mask")
+    fewest = min(row["seeds"] for row in result["rows"] if row["kind"] == "dense")
+    header = [f"{size:,}" for size in sizes]
+    return [
+        f"## {result['title']}",
+        f"Two adapters of one random square layer that change {result['density']:.0%} of it, with Gaussian values, by "
+        "mask and by size: figures 4 and 9 of the SHiRA paper. AWOR is the share of zeros in `S1^T S2`, more is "
+        f"better; means over seeds ({seeds}; {fewest} of the dense ones). LoRA has rank {result['rank']}; the sparse "
+        f"one's factors have {result['factor_density']:.0%} of their values, which leaves few zeros in the product. "
+        "Masks that share nothing don't make WM any better than one mask for all, as in the paper; two struct "
+        "masks of the same rows have no zeros at all.",
+        "![AWOR by mask and size](../pictures/sparse-orthogonality.svg)",
+        table(["AWOR", *header], rows_of(lambda row: f"{row['awor']:.3f} ± {row['awor_spread']:.3f}")),
+        "AWOM, the norm of `S1^T S2`, over the norms of both adapters: less is better. Only struct's own rows "
+        "stand out: WM has what any random adapters have, dense ones too.",
+        table(["AWOM", *header], rows_of(lambda row: f"{row['awom_share']:.3f}")),
     ]
 
 

@@ -11,7 +11,7 @@ from benchmarks.adaptation.plots import draw as draw_adaptation
 from benchmarks.adaptation.sparse.page import sections as sparse_on_real_tasks
 from benchmarks.adaptation.sparse.plots import draw as draw_sparse
 from benchmarks.markdown import table, targets
-from benchmarks.pictures import PICTURES, draw_rate_distortion, draw_switching, draw_working_set
+from benchmarks.pictures import PICTURES, draw_orthogonality, draw_rate_distortion, draw_switching, draw_working_set
 from benchmarks.record import read_results
 from benchmarks.serving_page import page as serving_page
 from benchmarks.sparse_page import by_density_and_width
@@ -51,6 +51,8 @@ def write() -> None:
         draw_rate_distortion(results["real-private"], PICTURES / "rate-distortion.svg")
     if "sparse-switch" in results:
         draw_switching(by_density_and_width(results["sparse-switch"]["rows"]), PICTURES / "sparse-switch.svg")
+    if "sparse-orthogonality" in results:
+        draw_orthogonality(results["sparse-orthogonality"]["rows"], PICTURES / "sparse-orthogonality.svg")
     if "serving-growth" in results:
         draw_working_set(results["serving-growth"]["working_sets"], PICTURES / "serving-working-set.svg")
     draw_adaptation(PICTURES)
