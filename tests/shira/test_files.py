@@ -8,7 +8,7 @@ from peft import PeftModel, ShiraConfig, SupertuningConfig, get_peft_model
 from safetensors.torch import load_file
 
 from adapterbank.errors import AdapterBankError, AdapterError, MissingFileError
-from adapterbank.shira import ShiraTunerConfig, files, to_lora
+from adapterbank.shira import ShiraTunerConfig, files
 from adapterbank.shira.delta import SparseDelta
 from damage import spoil
 from sparse import Net, make_delta
@@ -234,7 +234,7 @@ def test_an_adapter_of_gpt_2_says_how_its_layers_are_stored(tmp_path):
     model = trained(gpt2, target_modules=["c_attn"])
     model.save_pretrained(tmp_path / "a")
     delta = SparseDelta.load(tmp_path / "a")
-    lora, _ = to_lora(delta, 32)
+    lora, _ = delta.to_lora(32)
     update = next(iter(delta.updates.values())).dense()
     torch.testing.assert_close(lora.factors(next(iter(lora.modules))).update(), update.T, rtol=1e-3, atol=1e-4)
     delta.save(tmp_path / "b")

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from adapterbank.errors import AdapterError
 from adapterbank.shira import fusion, masks
-from adapterbank.shira.convert import from_dense
 from adapterbank.shira.delta import SparseDelta, SparseUpdate
 from adapterbank.shira.fusion import awom, awor, distances, fuse, interference, overlaps
 from sparse import Net, make_delta
@@ -137,7 +136,7 @@ def test_struct_masks_of_other_offsets_are_more_orthogonal_than_wm_ones_and_thos
         }
         pairs = {name: [update(p, (size, size), i) for i, p in enumerate(both)] for name, both in masked.items()}
         factors = torch.randn(2, size, rank, generator=seeded), torch.randn(2, rank, size, generator=seeded)
-        pairs["lora"] = [from_dense({"w": m}, 1.0)[0].updates["w"] for m in factors[0] @ factors[1]]
+        pairs["lora"] = [SparseDelta.from_dense({"w": m}, 1.0)[0].updates["w"] for m in factors[0] @ factors[1]]
         for name, pair in pairs.items():
             found[name] += awor(*pair) / 5
     assert found["struct"] > found["wm"] > 0.8 and found["lora"] == 0

@@ -235,11 +235,11 @@ def export(
 
     Example: adapterbank shira export adapters/law -o law-peft --as supertuning
     """
-    from adapterbank.shira import save_as_shira, save_as_supertuning, to_lora
+    from adapterbank.shira import save_as_shira, save_as_supertuning
 
     delta, told = _open(adapter, model, allow_pickle), dict[str, Any]()
     if kind is Kind.lora:
-        lora, errors = to_lora(delta, r)
+        lora, errors = delta.to_lora(r)
         lora.save(out)
         told = {"largest_error": max(errors.values())}
     else:

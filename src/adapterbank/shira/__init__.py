@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from adapterbank.shira import masks
 from adapterbank.shira.advice import Room, crowding, room
-from adapterbank.shira.convert import from_dense, from_lora, to_lora
 from adapterbank.shira.delta import SparseDelta, SparseUpdate
 from adapterbank.shira.files import save_as_shira, save_as_supertuning
 from adapterbank.shira.fusion import Interference, awom, awor, distances, fuse, interference, overlaps
@@ -35,8 +34,6 @@ __all__ = [
     "distances",
     "draw_masks",
     "draw_matrices",
-    "from_dense",
-    "from_lora",
     "fuse",
     "interference",
     "mask_gradients",
@@ -46,7 +43,6 @@ __all__ = [
     "room",
     "save_as_shira",
     "save_as_supertuning",
-    "to_lora",
 ]
 
 

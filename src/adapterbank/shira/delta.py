@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from adapterbank.adapters import LoraAdapter
 from adapterbank.adapters.names import check_name, match_modules
 from adapterbank.errors import AdapterError
 from adapterbank.shira.masks import dtype_of
@@ -161,6 +162,28 @@ class SparseDelta:
         from adapterbank.shira.tuner.export import read_model
 
         return read_model(model, adapter_name, name or adapter_name)
+
+    @classmethod
+    def from_dense(
+        cls, updates: Mapping[str, Tensor], density: float, **fields: Any
+    ) -> "tuple[SparseDelta, dict[str, float]]":
+        """The largest entries of dense updates, and the energy they hold; see ``shira/convert.py``."""
+        from adapterbank.shira.convert import from_dense
+
+        return from_dense(updates, density, **fields)
+
+    @classmethod
+    def from_lora(cls, adapter: LoraAdapter, density: float) -> "tuple[SparseDelta, dict[str, float]]":
+        """The largest entries of a LoRA's update, and the energy they hold; see ``shira/convert.py``."""
+        from adapterbank.shira.convert import from_lora
+
+        return from_lora(adapter, density)
+
+    def to_lora(self, r: int, *, fan_in_fan_out: bool | None = None) -> tuple[LoraAdapter, dict[str, float]]:
+        """The nearest LoRA of a rank, and its errors; see ``shira/convert.py``."""
+        from adapterbank.shira.convert import to_lora
+
+        return to_lora(self, r, fan_in_fan_out=fan_in_fan_out)
 
     @property
     def nnz(self) -> int:

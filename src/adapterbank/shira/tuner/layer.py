@@ -276,7 +276,7 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
         return found.index_put((self.sparse_positions[adapter].long(),), values).view(self.shape)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Never: its rank is as high as the layer allows; see ``adapterbank.shira.to_lora``."""
+        """Never: its rank is as high as the layer allows; see ``SparseDelta.to_lora``."""
         return False
 
     # --- merging ------------------------------------------------------------------------------------------------------
