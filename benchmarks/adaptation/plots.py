@@ -89,7 +89,7 @@ def _bases(path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    axes = dict(zip(BASES, figure.subplots(1, 3), strict=True))
+    axes = dict(zip(BASES, figure.subplots(1, 3, sharey=True), strict=True))  # what looks like a slope must be one
     for name, axis in axes.items():
         frame(axis)
         axis.set_xlabel(BASES[name], color=INK, fontsize=9)
