@@ -1,5 +1,6 @@
 """The members that an engine can serve: read when they're named, kept as long as there is room."""
 
+import threading
 from collections import OrderedDict
 
 from adapterbank.bank import Bank
@@ -19,13 +20,20 @@ class MemberStore:
         splitter: Makes members of the bank's adapters.
         memory: Bytes that the bank's members may take; the one used longest ago goes first. None: no limit.
         shelf: Where they're kept in the form in which they're served; none: they're read from the bank again.
+
+    Raises:
+        BankError: If ``memory`` is negative.
     """
 
     def __init__(self, bank: Bank | None, splitter: Splitter, *, memory: int | None, shelf: Shelf | None) -> None:
+        if memory is not None and memory < 0:
+            raise BankError(f"memory={memory} is no number of bytes; give 0 or more, or none for no limit")
         self.bank, self.splitter, self.memory, self.shelf = bank, splitter, memory, shelf
         self._added: dict[str, Served] = {}
         self._read: OrderedDict[str, Member] = OrderedDict()
         """Members out of the bank by the hash of their file, the one used last at the end."""
+        self._read_bytes = 0
+        self._busy = threading.RLock()  # members are read ahead in other threads
 
     @property
     def names(self) -> list[str]:
@@ -43,9 +51,10 @@ class MemberStore:
         Raises:
             BankError: If the name is taken.
         """
-        if name in self.names:
-            raise BankError(f"there is a member {name!r} already; remove it, or give another name")
-        self._added[name] = member
+        with self._busy:
+            if name in self.names:
+                raise BankError(f"there is a member {name!r} already; remove it, or give another name")
+            self._added[name] = member
 
     def remove(self, name: str) -> None:
         """Forget one that was added; one of the bank leaves the memory.
@@ -53,10 +62,11 @@ class MemberStore:
         Raises:
             UnknownNameError: If there is none.
         """
-        if name in self._added:
-            del self._added[name]
-        else:
-            self._read.pop(self._hash(name), None)
+        with self._busy:
+            if name in self._added:
+                del self._added[name]
+            elif (digest := self._hash(name)) in self._read:
+                self._drop(digest)
 
     def __getitem__(self, name: str) -> Served:
         """A member, read if need be.
@@ -65,14 +75,18 @@ class MemberStore:
             UnknownNameError: If there is none.
             BankError: If its file is damaged.
         """
-        if name in self._added:
-            return self._added[name]
-        digest = self._hash(name)
-        if digest not in self._read:
-            self._read[digest] = self._opened(name, digest)
-            self._make_room(digest)
-        self._read.move_to_end(digest)
-        return self._read[digest]
+        with self._busy:
+            if name in self._added:
+                return self._added[name]
+            digest = self._hash(name)
+            if digest in self._read:
+                self._read.move_to_end(digest)
+                return self._read[digest]
+            member = self._read[digest] = self._opened(name, digest)
+            self._read_bytes += member.bytes
+            while self.memory is not None and self._read_bytes > self.memory and len(self._read) > 1:
+                self._drop(next(iter(self._read)))
+            return member
 
     def _opened(self, name: str, digest: str) -> Member:
         if self.shelf is not None and (found := self.shelf.get(digest)):
@@ -87,10 +101,5 @@ class MemberStore:
             raise UnknownNameError(f"there is no member {name!r}; there are {len(self.names)}")
         return self.bank[name].sha256
 
-    def _make_room(self, newest: str) -> None:
-        if self.memory is not None:
-            held = sum(member.bytes for member in self._read.values())
-            for digest in list(self._read):
-                if held <= self.memory or digest == newest:
-                    return
-                held -= self._read.pop(digest).bytes
+    def _drop(self, digest: str) -> None:
+        self._read_bytes -= self._read.pop(digest).bytes
