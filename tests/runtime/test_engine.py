@@ -304,6 +304,27 @@ def test_what_does_not_fit_is_refused_and_leaves_the_model_as_it_was(bank, tmp_p
     assert torch.equal(logits(model, batch), logits(llama(), batch)) and engine.names == list(bank.names)
 
 
+def test_layers_of_another_size_are_refused_before_any_is_touched():
+    members = [LoraAdapter.from_factors(f"a{i}", {"0": factors(20, 30, 2, i)}) for i in range(3)]
+    bank, model = Bank.fit(members, max_error=0.05), nn.Sequential(nn.Linear(20, 31))
+    with pytest.raises(BankError, match="0: the model's layer is 31 x 20, the bank's 30 x 20; is it the bank's base"):
+        AdapterEngine(model, bank)
+    with pytest.raises(BankError, match="8, 16 or 32 bits a value, not 4"):
+        AdapterEngine(nn.Sequential(nn.Linear(20, 30)), bank, bits=4)
+    assert not model[0]._forward_hooks
+
+
+def test_a_part_of_a_model_that_several_modules_fit_is_refused():
+    names = [f"{part}.layer.q" for part in ("encoder", "decoder")]
+    members = [
+        LoraAdapter.from_factors(f"a{i}", {name: factors(8, 8, 2, 2 * i + j) for j, name in enumerate(names)})
+        for i in range(3)
+    ]
+    part = nn.ModuleDict({"layer": nn.ModuleDict({"q": nn.Linear(8, 8)})})
+    with pytest.raises(BankError, match="several modules of the bank fit one layer of the model"):
+        AdapterEngine(part, Bank.fit(members, max_error=0.05))
+
+
 def test_another_thread_waits_for_the_block_to_end(bank):
     model, batch = llama(), inputs_of("llama", 2)
     engine, found = AdapterEngine(model, bank), {}
@@ -361,6 +382,32 @@ def test_quantised_layers_are_called_and_never_read(bank, tmp_path):
     error = float((base - logits(llama(), batch)).abs().max())
     assert float((found - expected).abs().max()) < 5 * error
     with pytest.raises(BankError, match="is quantised, so nothing can be merged into it"), engine.merged("a0"):
+        pass
+
+
+def test_a_quantised_layer_needs_no_weight():
+    class Codes(nn.Module):
+        """A layer as other libraries quantise it."""
+
+        in_features, out_features = 20, 30
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("qweight", torch.arange(600, dtype=torch.int8).view(30, 20))
+
+        def forward(self, x):
+            return x @ self.qweight.to(x).T
+
+    model, x = nn.Sequential(Codes()), torch.randn(2, 20)
+    members = [LoraAdapter.from_factors(f"a{i}", {"0": factors(20, 30, 2, i)}) for i in range(3)]
+    bank, base = Bank.fit(members, max_error=0.05), model(x)
+    engine = AdapterEngine(model, bank)
+    with engine.adapters([None, "a1"]):
+        found = model(x)
+    assert torch.equal(found[0], base[0])
+    update = bank.reconstruct("a1").factors("0")
+    torch.testing.assert_close(found[1] - base[1], update.B @ update.A @ x[1] * update.scale, rtol=1e-2, atol=1e-3)
+    with pytest.raises(BankError, match="Codes is quantised"), engine.merged("a1"):
         pass
 
 

@@ -1,7 +1,7 @@
 """``AdapterEngine``: one model, thousands of members of a bank, any mix of them in one batch."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterbank.adapters import LoraAdapter
+from adapterbank.adapters.live import layer_sizes
 from adapterbank.adapters.names import check_name, match_modules
 from adapterbank.adapters.peft_config import peft_type
 from adapterbank.adapters.peft_files import open_source
@@ -73,7 +74,7 @@ class AdapterEngine:
 
     Raises:
         MissingFileError: If there is no bank.
-        BankError: If the model lacks a layer of the bank, or has it in another size.
+        BankError: If the model lacks a layer of the bank, or has it in another size, or an option can't be.
     """
 
     def __init__(
@@ -322,16 +323,31 @@ def _bases(bank: Bank | None, model: nn.Module, k: int | None) -> tuple[dict[str
     return found, f"{basis.fingerprint} {basis.probe:.2f}"
 
 
-def _layers_of(bank: Bank, model: nn.Module) -> Mapping[str, str]:
+def _layers_of(bank: Bank, model: nn.Module) -> dict[str, str]:
     """The model's layer of each module of the bank.
 
     Raises:
-        BankError: If there is none.
+        BankError: If there is none, or it has another size, or is another module's too.
     """
-    modules = [module.name for module in bank.index.modules]
-    present = [name for name, layer in model.named_modules() if hasattr(layer, "weight")]
-    found = match_modules(modules, present)
-    for module in modules:
-        if module not in found:
-            raise BankError(f"the model has no layer {module}; is it the bank's base, {bank.index.base or 'unnamed'}?")
+    # quantised layers may keep their weight under other names
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if hasattr(layer, "weight") or hasattr(layer, "in_features")
+    }
+    found = match_modules([module.name for module in bank.index.modules], layers)
+    is_it = f"is it the bank's base, {bank.index.base or 'unnamed'}?"
+    for module in bank.index.modules:
+        if module.name not in found:
+            raise BankError(f"the model has no layer {module.name}; {is_it}")
+        sizes = layer_sizes(layers[found[module.name]]) or (module.d_in, module.d_out)
+        if sizes != (module.d_in, module.d_out):
+            raise BankError(
+                f"{module.name}: the model's layer is {sizes[1]} x {sizes[0]}, the bank's {module.d_out} x "
+                f"{module.d_in}; {is_it}"
+            )
+    if len(set(found.values())) < len(found):
+        raise BankError(
+            "several modules of the bank fit one layer of the model; give the whole model, not a part of it"
+        )
     return found

@@ -12,7 +12,7 @@ from adapterbank.adapters.names import match_modules
 from adapterbank.bank import Bank
 from adapterbank.bank.shared_basis import DEFAULT_K, SharedBasis
 from adapterbank.errors import BankError
-from adapterbank.runtime.packing import Packed
+from adapterbank.runtime.packing import Packed, check_bits
 
 NOTHING = 1e-5
 """A remainder so much smaller than its factor is rounding."""
@@ -143,9 +143,13 @@ class Splitter:
     Args:
         bases: By layer of the model.
         bits: Of a stored value.
+
+    Raises:
+        BankError: If ``bits`` is none of 8, 16 and 32.
     """
 
     def __init__(self, bases: Mapping[str, LayerBasis], bits: int) -> None:
+        check_bits(bits)
         self.bases, self.bits = bases, bits
         self._layouts: dict[tuple[tuple[str, int], ...], Layout] = {}
 

@@ -12,6 +12,16 @@ from adapterbank.errors import BankError
 TYPES = {8: torch.int8, 16: torch.int16, 32: torch.float32}
 
 
+def check_bits(bits: int) -> None:
+    """Whether matrices can be packed so.
+
+    Raises:
+        BankError: If ``bits`` is none of 8, 16 and 32.
+    """
+    if bits not in TYPES:
+        raise BankError(f"tables have 8, 16 or 32 bits a value, not {bits}")
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Packed:
     """A matrix as integers with one step a row, or at 32 bits as it is."""
@@ -27,8 +37,7 @@ class Packed:
         Raises:
             BankError: If ``bits`` is none of 8, 16 and 32.
         """
-        if bits not in TYPES:
-            raise BankError(f"tables have 8, 16 or 32 bits a value, not {bits}")
+        check_bits(bits)
         matrix = matrix.detach().float()
         if bits == 32:
             return cls(codes=matrix.contiguous(), steps=None)
