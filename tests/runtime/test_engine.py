@@ -284,6 +284,72 @@ def test_a_merged_member_brings_its_head(tmp_path):
     assert torch.equal(logits(model, batch), logits(bert(3), batch))
 
 
+@pytest.mark.parametrize("key", ["lm_head.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_beams_of_a_row_go_through_its_own_word_vectors(key, tied):
+    def make():
+        model = llama()
+        if tied:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        return model
+
+    model, ids, plain = make(), inputs_of("llama", 3)["input_ids"], adapters_for(llama(), TARGETS["llama"])
+    members = [
+        LoraAdapter.from_factors(
+            adapter.name, {name: adapter.factors(name) for name in adapter.modules}, extras={key: torch.randn(50, 32)}
+        )
+        for adapter in plain
+    ]
+    options = {"max_new_tokens": 6, "do_sample": False, "num_beams": 3}
+    base = make().generate(ids, **options)
+    with AdapterEngine(model, Bank.fit(members, k=16)).adapters(["a2", None, "a4"]):
+        found = model.generate(ids, **options)
+    assert torch.equal(found[1], base[1])
+    for row, i in ((0, 2), (2, 4)):
+        alone = make()
+        alone.get_submodule(key.removesuffix(".weight")).weight = nn.Parameter(members[i].extra(key))
+        with AdapterEngine(alone, Bank.fit(plain, k=16)).adapters([f"a{i}"] * 3):
+            expected = alone.generate(ids, **options)
+        assert torch.equal(found[row], expected[row]) and not torch.equal(found[row], base[row])
+
+
+def test_a_head_of_which_a_part_is_trained_follows_the_model():
+    members = [
+        LoraAdapter.from_factors(
+            adapter.name,
+            {name: adapter.factors(name) for name in adapter.modules},
+            extras={"classifier.bias": torch.arange(3.0)},
+        )
+        for adapter in adapters_for(bert(), TARGETS["bert"])
+    ]
+    bank, batch = Bank.fit(members, max_error=0.1), inputs_of("bert", 2)
+    engine, found = AdapterEngine(bert(), bank), []
+    fresh = bert().double()
+    fresh.classifier.weight.data *= 2
+    for _ in range(2):
+        with engine.adapters(["a1", None]):
+            found.append(logits(engine.model, batch))
+        engine.model.load_state_dict(fresh.double().state_dict())
+        engine.model.double()
+    with AdapterEngine(fresh, bank).adapters(["a1", None]):
+        expected = logits(fresh, batch)
+    torch.testing.assert_close(found[1], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_quantised_head_is_refused(tmp_path):
+    bank, model, batch = Bank.fit(with_heads(tmp_path, (3, 3)), max_error=0.1), bert(3), inputs_of("bert")
+    engine = AdapterEngine(model, bank)
+    model.classifier.weight = nn.Parameter(torch.zeros(3, 32, dtype=torch.int8), requires_grad=False)
+    for block in (engine.adapters(["h0"] * 4), engine.merged("h0")):
+        with (
+            pytest.raises(BankError, match="Linear, a head of members, is quantised; load the base with it as it is"),
+            block,
+        ):
+            pass
+    model.classifier = bert(3).classifier
+    assert torch.equal(logits(model, batch), logits(bert(3), batch))
+
+
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 

@@ -43,11 +43,22 @@ def by_row(tensor: Float[Tensor, "..."], batch: int) -> Float[Tensor, "batch t d
     Raises:
         AdapterBankError: If it can't be divided among so many rows.
     """
-    if tensor.shape[0] % batch:
-        raise AdapterBankError(
-            f"a layer sees {tensor.shape[0]} rows in a batch of {batch} adapters; give one name for every row"
-        )
+    check_rows(tensor.shape[0], batch)
     return tensor.reshape(batch, -1, tensor.shape[-1])
+
+
+def check_rows(found: int, batch: int) -> int:
+    """How many of a layer's rows there are for each of the batch's.
+
+    Raises:
+        AdapterBankError: If they can't be divided so.
+    """
+    if found % batch:
+        raise AdapterBankError(
+            f"a layer sees {found} rows in a batch of {batch} adapters; give one name for every row, or, if the model "
+            "calls the layer with something else too (DeBERTa with positions), serve one member at a time with merged()"
+        )
+    return found // batch
 
 
 def rows_of(members: Mapping[int, Member], which: Sequence[int]) -> dict[str, Rows]:

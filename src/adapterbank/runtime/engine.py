@@ -25,6 +25,7 @@ from adapterbank.runtime.shelf import Shelf
 from adapterbank.runtime.sparse import SparseLayer, SparseMember, groups_of
 from adapterbank.runtime.store import MemberStore, Served
 from adapterbank.shira import SparseDelta
+from adapterbank.shira.delta import tensors_of
 from adapterbank.shira.files import LAYOUTS
 
 
@@ -187,11 +188,11 @@ class AdapterEngine:
         """
         with self._busy:
             member, before = self._members[name], self._state()
-            heads = self._head_states(member)
+            (heads,) = self._head_states([member])
             try:
                 self._activate([], [])
                 for place, state in heads.items():
-                    self._head(place).active = [(state, None)]
+                    self._head(place).activate_for_all(state)
                 with self._written(member):
                     yield
             finally:
@@ -229,7 +230,7 @@ class AdapterEngine:
             self._sparse[name] = SparseLayer(self.model.get_submodule(name))
         for name, sparse in self._sparse.items():
             sparse.activate(groups.get(name, []), len(which))
-        states = [self._head_states(member) for member in members]
+        states = self._head_states(members)
         for name in {name for of in states for name in of}:
             self._head(name)
         for name, head in self._heads.items():
@@ -240,22 +241,26 @@ class AdapterEngine:
             self._heads[name] = ServedHead(self.model.get_submodule(name))
         return self._heads[name]
 
-    def _head_states(self, member: Served) -> dict[str, State]:
-        """Tensors of a member's heads by the model's module that they belong to."""
-        if not member.heads:
-            return {}
-        modules = dict(self.model.named_modules())
-        found: dict[str, dict[str, Tensor]] = {}
-        places = match_modules(member.heads, [name for name, _ in self.model.named_parameters()])
-        for key, tensor in member.heads.items():
-            if key not in places:
-                raise BankError(f"member {member.name!r} brings {key}, which the model has not; load the base with it")
-            module, _, last = places[key].rpartition(".")
-            found.setdefault(module, {})[last] = tensor
-        for module in found:
-            if module in self._layers or module in self._sparse or module not in modules:
-                raise BankError(f"member {member.name!r} trains {module} beside its update; restore and merge it")
-        return dict(found)
+    def _head_states(self, members: Sequence[Served]) -> list[dict[str, State]]:
+        """Of each member, tensors of its heads by the model's module that they belong to."""
+        keys = dict.fromkeys(key for member in members for key in member.heads)
+        places = match_modules(keys, tensors_of(self.model)) if keys else {}
+        states: list[dict[str, State]] = []
+        for member in members:
+            found: dict[str, dict[str, Tensor]] = {}
+            for key, tensor in member.heads.items():
+                if key not in places:
+                    raise BankError(
+                        f"member {member.name!r} brings {key}, which the model has not; load the base with "
+                        "such a head, or restore and merge a member with trained biases"
+                    )
+                module, _, last = places[key].rpartition(".")
+                found.setdefault(module, {})[last] = tensor
+            for module in found:
+                if module in self._layers or module in self._sparse:
+                    raise BankError(f"member {member.name!r} trains {module} beside its update; restore and merge it")
+            states.append(dict(found))
+        return states
 
     def _hooked(self) -> list[ServedLayer | SparseLayer | ServedHead]:
         return [*self._layers.values(), *self._sparse.values(), *self._heads.values()]

@@ -1,15 +1,29 @@
 """Task heads of members: each row of a batch goes through its own member's."""
 
-import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from adapterbank.errors import BankError
+from adapterbank.runtime.batch import check_rows
+from adapterbank.runtime.layer import COMPUTE, device_of
+
 State = Mapping[str, Tensor]
 """Tensors of a head by their names in its module."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """What the rows of a batch need at one head."""
+
+    batch: int
+    """Rows of the batch."""
+    parts: list[tuple[State, Tensor]]
+    """States, and the rows that each is for."""
 
 
 class ServedHead:
@@ -19,11 +33,10 @@ class ServedHead:
     """
 
     def __init__(self, head: nn.Module) -> None:
-        self._plain = copy.deepcopy(head)  # without the hook
-        self.active: list[tuple[State, Tensor | None]] | None = None
-        """States, and the rows of the batch that each is for; none: all."""
+        self.head = head
+        self.active: _Parts | State | None = None
+        """One state: it is for all rows."""
         self._handle = head.register_forward_hook(self._hook)
-        self._head = head
 
     def release(self) -> None:
         """Leave the module as it was."""
@@ -36,28 +49,57 @@ class ServedHead:
             states: Of the batch's members; none: the member has no such head.
             which: Member of each row, -1 for the base model.
         """
-        reference = next(self._head.parameters())
-        found: list[tuple[State, Tensor | None]] = []
+        parts: list[tuple[State, Tensor]] = []
         for i, state in enumerate(states):
             rows = [row for row, member in enumerate(which) if member == i]
             if state is not None and rows:
-                found.append((state, torch.tensor(rows, device=reference.device)))
-        self.active = found or None
+                parts.append((self._placed(state), torch.tensor(rows, device=device_of(self.head))))
+        self.active = _Parts(batch=len(which), parts=parts) if parts else None
+
+    def activate_for_all(self, state: State) -> None:
+        """Set one state for all rows of the next forwards, however many there are."""
+        self.active = self._placed(state)
+
+    def _placed(self, state: State) -> State:
+        """Where the head is by now, in its type.
+
+        Raises:
+            BankError: If it is quantised.
+        """
+        device, types = device_of(self.head), {name: getattr(self.head, name).dtype for name in state}
+        if not all(dtype in COMPUTE for dtype in types.values()):
+            raise BankError(
+                f"{type(self.head).__name__}, a head of members, is quantised; load the base with it as it is"
+            )
+        return {name: tensor.to(device, types[name]) for name, tensor in state.items()}
 
     def _hook(self, head: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if self.active is None:
+        active = self.active
+        if active is None:
             return None
-        if self.active[0][1] is None:
-            return self._called(self.active[0][0], args[0])
-        parts = [(self._called(state, args[0][rows]), rows) for state, rows in self.active if rows is not None]
-        width = max(output.shape[-1], *(part.shape[-1] for part, _ in parts))
-        found = _filled(output, width)
-        for part, rows in parts:
-            found = found.index_copy(0, rows, _filled(part, width))
-        return found
+        self.active = None  # the head is called again below
+        try:
+            if isinstance(active, _Parts):
+                return self._by_rows(active, args[0], output)
+            return self._called(active, args[0])
+        finally:
+            self.active = active
+
+    def _by_rows(self, active: _Parts, x: Tensor, output: Tensor) -> Tensor:
+        # beams of a row follow each other; an embedding's input has no features
+        each = check_rows(len(x), active.batch)
+        places = [rows for _, rows in active.parts]
+        if each > 1:
+            places = [(rows[:, None] * each + torch.arange(each, device=rows.device)).flatten() for rows in places]
+        found = [self._called(state, x[rows]) for (state, _), rows in zip(active.parts, places, strict=True)]
+        width = max(output.shape[-1], *(part.shape[-1] for part in found))
+        output = _filled(output, width)
+        for part, rows in zip(found, places, strict=True):
+            output = output.index_copy(0, rows, _filled(part, width))
+        return output
 
     def _called(self, state: State, x: Tensor) -> Tensor:
-        found: Tensor = functional_call(self._plain, {name: tensor.to(x) for name, tensor in state.items()}, (x,))
+        found: Tensor = functional_call(self.head, dict(state), (x,))
         return found
 
 
