@@ -391,6 +391,81 @@ def test_a_part_of_a_model_that_several_modules_fit_is_refused():
         AdapterEngine(part, Bank.fit(members, max_error=0.05))
 
 
+def test_a_closed_engine_serves_nobody(bank):
+    model, batch = llama(), inputs_of("llama")
+    engine = AdapterEngine(model, bank)
+    with engine.adapters(["a0"] * 4):
+        engine.close()
+    engine.close()
+    for block in (engine.adapters(["a0"] * 4), engine.merged("a0")):
+        with pytest.raises(BankError, match="the engine is closed"), block:
+            pass
+    assert torch.equal(logits(model, batch), logits(llama(), batch))
+
+
+def test_rows_inside_rows_hold_until_they_end(bank):
+    model, batch, found = llama(), inputs_of("llama"), {}
+    engine = AdapterEngine(model, bank)
+    for name in ("a0", "a1"):
+        with engine.adapters(name for name in [name] * 4):
+            found[name] = logits(model, batch)
+    with engine.adapters(["a0"] * 4):
+        with engine.adapters(["a1"] * 4):
+            assert torch.equal(logits(model, batch), found["a1"])
+        with engine.merged("a1"):
+            torch.testing.assert_close(logits(model, batch), found["a1"], rtol=1e-4, atol=1e-5)
+        with pytest.raises(RuntimeError, match="by the caller"), engine.adapters(["a1"] * 4):
+            raise RuntimeError("by the caller")
+        assert torch.equal(logits(model, batch), found["a0"])
+    assert torch.equal(logits(model, batch), logits(llama(), batch))
+
+
+def test_nothing_is_served_on_top_of_merged_weights(bank):
+    model, batch = llama(), inputs_of("llama")
+    engine = AdapterEngine(model, bank)
+    with engine.merged("a1"):
+        found = logits(model, batch)
+        for block in (engine.merged("a0"), engine.adapters(["a0"] * 4)):
+            with pytest.raises(BankError, match="member 'a1' is in the weights; end its block first"), block:
+                pass
+        assert torch.equal(logits(model, batch), found)
+    with engine.merged("a1"):
+        assert torch.equal(logits(model, batch), found)
+
+
+def test_blocks_that_overlap_say_so_and_leave_the_model_as_it_was(bank):
+    model, batch = llama(), inputs_of("llama")
+    engine = AdapterEngine(model, bank)
+
+    def served(block):
+        with block:
+            yield logits(model, batch)
+
+    for second in (engine.adapters(["a1"] * 4), engine.merged("a1")):
+        blocks = [served(engine.adapters(["a0"] * 4)), served(second)]
+        for block in blocks:
+            next(block)
+        for block in blocks:
+            with pytest.raises(BankError, match="blocks of one thread overlap; end the one that began last first"):
+                next(block)
+        assert torch.equal(logits(model, batch), logits(llama(), batch))
+    with engine.adapters(["a0"] * 4):
+        assert not torch.equal(logits(model, batch), logits(llama(), batch))
+
+
+def test_a_weight_of_two_layers_is_not_merged_into():
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    model[1].weight = model[0].weight
+    members = [LoraAdapter.from_factors(f"a{i}", {"1": factors(8, 8, 2, i)}) for i in range(3)]
+    engine, before = AdapterEngine(model, Bank.fit(members, max_error=0.05)), model[0].weight.clone()
+    with (
+        pytest.raises(BankError, match=r"0\.weight and 1\.weight are one tensor: .* serve by rows"),
+        engine.merged("a0"),
+    ):
+        pass
+    assert torch.equal(model[0].weight, before)
+
+
 def test_another_thread_waits_for_the_block_to_end(bank):
     model, batch = llama(), inputs_of("llama", 2)
     engine, found = AdapterEngine(model, bank), {}

@@ -1,7 +1,7 @@
 """``AdapterEngine``: one model, thousands of members of a bank, any mix of them in one batch."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +99,10 @@ class AdapterEngine:
         self._sparse: dict[str, SparseLayer] = {}
         self._heads: dict[str, ServedHead] = {}
         self._busy = threading.RLock()
+        self._blocks: list[object] = []
+        """Those that have begun, the innermost at the end."""
+        self._merged: str | None = None
+        self._closed = False
 
     # --- members ------------------------------------------------------------------------------------------------------
 
@@ -153,28 +157,25 @@ class AdapterEngine:
     # --- batches ------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def adapters(self, rows: Sequence[str | None]) -> Iterator[None]:
+    def adapters(self, rows: Iterable[str | None]) -> Iterator[None]:
         """Inside the block, row ``i`` of every batch is served by member ``rows[i]``; ``None`` is the base model.
 
-        One block at a time: another thread waits. That many rows at once need no more threads is what this is for.
+        One block at a time: another thread waits. That many rows at once need no more threads is what this is for. Of
+        two blocks in one thread the inner one holds, and ends first.
 
         Args:
             rows: A name for each row. ``generate`` with beams and models that flatten tokens are understood.
 
         Raises:
             UnknownNameError: If there is no such member.
-            BankError: If a file is damaged.
+            BankError: If a file is damaged, a member is merged, the engine is closed, or blocks overlap.
         """
-        with self._busy:
+        with self._block():
+            rows = list(rows)
             distinct = list(dict.fromkeys(name for name in rows if name is not None))
             members = [self._members[name] for name in distinct]
-            which = [-1 if name is None else distinct.index(name) for name in rows]
-            before = self._state()
-            try:
-                self._activate(members, which)
-                yield
-            finally:
-                self._restore(before)
+            self._activate(members, [-1 if name is None else distinct.index(name) for name in rows])
+            yield
 
     @contextmanager
     def merged(self, name: str) -> Iterator[None]:
@@ -184,18 +185,45 @@ class AdapterEngine:
 
         Raises:
             UnknownNameError: If there is no such member.
-            BankError: If a weight is quantised, or a file is damaged.
+            BankError: If a weight is quantised, or is another layer's too, or as for :meth:`adapters`.
+            AdapterError: If a sparse adapter's weight is.
+        """
+        with self._block():
+            member = self._members[name]
+            (heads,) = self._head_states([member])
+            self._activate([], [])
+            for place, state in heads.items():
+                self._head(place).activate_for_all(state)
+            with self._written(member):
+                self._merged = name
+                try:
+                    yield
+                finally:
+                    self._merged = None
+
+    @contextmanager
+    def _block(self) -> Iterator[None]:
+        """Leave the hooks as they were.
+
+        Raises:
+            BankError: If the engine is closed, or a member merged, or another block began inside and hasn't ended.
         """
         with self._busy:
-            member, before = self._members[name], self._state()
-            (heads,) = self._head_states([member])
+            if self._closed:
+                raise BankError("the engine is closed; make another one")
+            if self._merged is not None:
+                raise BankError(f"member {self._merged!r} is in the weights; end its block first")
+            before, this = self._state(), object()
+            self._blocks.append(this)
             try:
-                self._activate([], [])
-                for place, state in heads.items():
-                    self._head(place).activate_for_all(state)
-                with self._written(member):
-                    yield
+                yield
             finally:
+                if self._blocks[-1:] != [this]:
+                    # a generator or a coroutine: nobody can tell whose rows the model has served since
+                    self._blocks, before = [], []
+                    self._restore(before)
+                    raise BankError("blocks of one thread overlap; end the one that began last first")
+                self._blocks.pop()
                 self._restore(before)
 
     @contextmanager
@@ -209,6 +237,7 @@ class AdapterEngine:
             return
         layers = {place: self._layers[place] for place in member.layout.places}
         weights = [layer.weight() for layer in layers.values()]
+        self._check_untied(weights)
         saved = [weight.detach().clone() for weight in weights]
         try:
             with torch.no_grad():
@@ -219,6 +248,14 @@ class AdapterEngine:
             with torch.no_grad():
                 for weight, value in zip(weights, saved, strict=True):
                     weight.copy_(value)
+
+    def _check_untied(self, weights: Sequence[Tensor]) -> None:
+        owners: dict[int, list[str]] = {}
+        for name, tensor in self.model.named_parameters(remove_duplicate=False):
+            owners.setdefault(id(tensor), []).append(name)
+        for weight in weights:
+            if len(names := owners.get(id(weight), [])) > 1:
+                raise BankError(f"{' and '.join(names)} are one tensor: merging would change both; serve by rows")
 
     def _activate(self, members: Sequence[Served], which: Sequence[int]) -> None:
         numbered = dict(enumerate(members))
@@ -301,9 +338,10 @@ class AdapterEngine:
 
     def close(self) -> None:
         """Leave the model as it was."""
-        for hooked in self._hooked():
-            hooked.release()
-        self._layers, self._sparse, self._heads = {}, {}, {}
+        with self._busy:
+            for hooked in self._hooked():
+                hooked.release()
+            self._closed = True
 
 
 def _opened(source: str | Path, name: str | None, model: nn.Module) -> LoraAdapter | SparseDelta:
