@@ -504,6 +504,19 @@ def test_a_compiled_model_serves_other_rows_without_compiling_again(bank, monkey
     torch.testing.assert_close(logits(compiled, batch), logits(llama(), batch), rtol=1e-5, atol=1e-6)
 
 
+def test_a_model_that_was_compiled_before_is_served(tmp_path, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # its checks can't be traced
+    bank, batch = Bank.fit(with_heads(tmp_path, (3, 3)), max_error=0.1), inputs_of("bert")
+    model = bert(3)
+    compiled = torch.compile(model, backend=CompileCounter())
+    logits(compiled, batch)
+    engine = AdapterEngine(model, bank)
+    # its heads are hooked when they're first asked for
+    for rows in ([None] * 4, ["h0", None, "h1", "h0"]):
+        with engine.adapters(rows):
+            torch.testing.assert_close(logits(compiled, batch), logits(model, batch), rtol=1e-5, atol=1e-6)
+
+
 def test_quantised_layers_are_called_and_never_read(bank, tmp_path):
     pytest.importorskip("bitsandbytes")
     llama().save_pretrained(tmp_path)

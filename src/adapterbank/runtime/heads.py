@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from adapterbank.errors import BankError
 from adapterbank.runtime.batch import check_rows
-from adapterbank.runtime.layer import COMPUTE, device_of
+from adapterbank.runtime.layer import COMPUTE, device_of, hooked
 
 State = Mapping[str, Tensor]
 """Tensors of a head by their names in its module."""
@@ -36,7 +36,7 @@ class ServedHead:
         self.head = head
         self.active: _Parts | State | None = None
         """One state: it is for all rows."""
-        self._handle = head.register_forward_hook(self._hook)
+        self._handle = hooked(head, self._hook)
 
     def release(self) -> None:
         """Leave the module as it was."""

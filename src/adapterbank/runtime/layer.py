@@ -1,11 +1,13 @@
 """One linear layer of a running model: a hook that adds, to each row of a batch, the update of that row's adapter."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from adapterbank.errors import BankError
 from adapterbank.runtime import ops
@@ -23,6 +25,13 @@ def device_of(layer: nn.Module) -> torch.device | None:
     return next((tensor.device for tensor in tensors), None)
 
 
+def hooked(layer: nn.Module, hook: Callable[..., Tensor | None]) -> RemovableHandle:
+    """Register a forward hook, also with a model that was compiled and called before."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # compiled code doesn't look for new hooks, and would go on without them
+    return layer.register_forward_hook(hook)
+
+
 class ServedLayer:
     """A linear layer whose output gets each row's update added.
 
@@ -37,7 +46,7 @@ class ServedLayer:
         self.layer, self.basis, self.dtype, self.crossover = layer, basis, dtype, crossover
         self.V, self.U = basis.V.to(dtype), basis.U.to(dtype)
         self.active: Rows | None = None
-        self._handle = layer.register_forward_hook(self._hook)
+        self._handle = hooked(layer, self._hook)
 
     def release(self) -> None:
         """Leave the layer as it was."""

@@ -13,7 +13,7 @@ from adapterbank.adapters.names import match_modules
 from adapterbank.errors import BankError
 from adapterbank.runtime import ops
 from adapterbank.runtime.batch import by_row
-from adapterbank.runtime.layer import COMPUTE, device_of
+from adapterbank.runtime.layer import COMPUTE, device_of, hooked
 from adapterbank.shira import SparseDelta, SparseUpdate
 from adapterbank.shira.delta import gathered
 
@@ -120,7 +120,7 @@ class SparseLayer:
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
         self.active: _Groups | None = None
-        self._handle = layer.register_forward_hook(self._hook)
+        self._handle = hooked(layer, self._hook)
 
     def release(self) -> None:
         """Leave the layer as it was."""
