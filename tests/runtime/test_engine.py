@@ -466,6 +466,40 @@ def test_a_weight_of_two_layers_is_not_merged_into():
     assert torch.equal(model[0].weight, before)
 
 
+class Routed(nn.Module):
+    """Every token goes to the expert that likes it most."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.router, self.experts = nn.Linear(8, 2), nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, x):
+        tokens, found = x.reshape(-1, 8), torch.zeros(x.numel() // 8, 8)
+        chosen = self.router(tokens).argmax(1)
+        for i, expert in enumerate(self.experts):
+            found[chosen == i] = expert(tokens[chosen == i])
+        return found.view(x.shape)
+
+
+def test_experts_are_merged_into_and_not_served_by_rows():
+    members = [
+        LoraAdapter.from_factors(f"a{i}", {f"experts.{j}": factors(8, 8, 2, 2 * i + j) for j in range(2)})
+        for i in range(3)
+    ]
+    model, x = Routed(), torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+    bank = Bank.fit(members, max_error=0.05)
+    engine, base, plain = AdapterEngine(model, bank), model(x), Routed()
+    with pytest.raises(BankError, match=r"experts\.0 gets tokens of any rows"), engine.adapters(["a0", "a1"]):
+        pass
+    for j, expert in enumerate(plain.experts):
+        update = bank.reconstruct("a0").factors(f"experts.{j}")
+        expert.weight.data += update.scale * update.B @ update.A
+    with engine.merged("a0"):
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-3, atol=1e-4)
+    assert torch.equal(model(x), base)
+
+
 def test_another_thread_waits_for_the_block_to_end(bank):
     model, batch = llama(), inputs_of("llama", 2)
     engine, found = AdapterEngine(model, bank), {}

@@ -1,5 +1,6 @@
 """``AdapterEngine``: one model, thousands of members of a bank, any mix of them in one batch."""
 
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,9 @@ from adapterbank.runtime.store import MemberStore, Served
 from adapterbank.shira import SparseDelta
 from adapterbank.shira.delta import tensors_of
 from adapterbank.shira.files import LAYOUTS
+
+EXPERT = re.compile(r"(^|\.)experts\.")
+"""Layers that a router sends tokens to: those of which row, they can't know."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +172,8 @@ class AdapterEngine:
 
         Raises:
             UnknownNameError: If there is no such member.
-            BankError: If a file is damaged, a member is merged, the engine is closed, or blocks overlap.
+            BankError: If a file is damaged, a member changes experts of a mixture, one is merged, the engine is closed,
+                or blocks overlap.
         """
         with self._block():
             rows = list(rows)
@@ -261,6 +266,10 @@ class AdapterEngine:
         numbered = dict(enumerate(members))
         rows = rows_of({i: member for i, member in numbered.items() if isinstance(member, Member)}, which)
         groups = groups_of({i: member for i, member in numbered.items() if isinstance(member, SparseMember)}, which)
+        if routed := next((name for name in (*rows, *groups) if EXPERT.search(name)), None):
+            raise BankError(
+                f"{routed} gets tokens of any rows, in any order; serve one member at a time, with merged()"
+            )
         for name, layer in self._layers.items():
             layer.activate(rows.get(name))
         for name in groups.keys() - self._sparse.keys():
