@@ -125,6 +125,18 @@ def test_what_the_basis_cannot_hold_is_added(bank, tmp_path, k, crossover):
     assert engine.report().private_bytes > 0
 
 
+def test_members_of_a_bank_fitted_with_k_alone_have_no_private_part():
+    wide = nn.Sequential(nn.Linear(200, 200))
+    members = [LoraAdapter.from_factors(f"a{i}", {"0": factors(200, 200, 4, i)}) for i in range(20)]
+    bank = Bank.fit(members)
+    advised = Bank.fit({name: bank.reconstruct(name) for name in bank.names}, k=64)
+    for served, private in ((bank, True), (advised, False)):
+        engine = AdapterEngine(wide, served)
+        engine.load()
+        assert bool(engine.report().private_work) == bool(engine.report().private_bytes) == private
+        engine.close()
+
+
 def test_generation_gives_the_tokens_of_each_adapter_alone(bank, tmp_path):
     model, ids = llama(), inputs_of("llama", 3)["input_ids"]
     options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}

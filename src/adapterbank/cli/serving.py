@@ -59,7 +59,7 @@ def plan(
     if found.sampled < found.members:
         say(f"From {count(found.sampled, 'member')} that were read.")
     if found.private_bytes > found.shared_bytes:
-        say("Most of it is what members don't share: a copy of the bank after Bank.compact(k) has none of that.")
+        say("Most of it is what members don't share: a bank of them fitted with -k alone has none, and larger errors.")
 
 
 def _base(model: str) -> tuple[int, Any]:

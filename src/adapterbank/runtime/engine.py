@@ -49,8 +49,8 @@ class Report:
     """Of sparse adapters."""
     head_bytes: int
     private_work: float
-    """Share of a token's products that go through remainders of its own member. Where it is large, serve from a copy of
-    the bank after ``bank.compact(k)``, whose members have none."""
+    """Share of a token's products that go through remainders of its own member. Where it is large, serve from a bank of
+    the same members that was fitted with ``k`` alone: its members have none, and larger errors."""
 
 
 class AdapterEngine:
