@@ -16,3 +16,7 @@ def test_plan_counts_the_base_model(object_of, bank, tmp_path):
     model.save_pretrained(tmp_path / "base")
     found = object_of("plan", bank, "--model", tmp_path / "base")
     assert found["base_bytes"] == 4 * sum(p.numel() for p in model.parameters())
+
+
+def test_plan_refuses_what_is_no_number_of_members(refused, bank):
+    assert "members=-1 is no number of members; give 0 or more" in refused("plan", bank, "--members", -1)

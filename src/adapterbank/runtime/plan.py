@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from adapterbank.bank import Bank
+from adapterbank.errors import BankError
 from adapterbank.runtime.members import LayerBasis, Splitter, directions
 
 SAMPLE = 8
@@ -54,8 +55,10 @@ def plan(
         dtype: Of the base model, in which the shared directions are held.
 
     Raises:
-        BankError: If a sampled member is damaged, or the bank can't give ``k``.
+        BankError: If a sampled member is damaged, or the bank can't give ``k``, or ``members`` is negative.
     """
+    if members is not None and members < 0:
+        raise BankError(f"members={members} is no number of members; give 0 or more")
     basis = bank.basis(directions(bank) if k is None else k)
     bases = {module: LayerBasis.of(part) for module, part in basis.modules.items()}
     splitter, count = Splitter(bases, bits), min(SAMPLE, len(bank))
