@@ -17,6 +17,7 @@ from adapterbank.bank import Bank
 from adapterbank.errors import AdapterBankError, BankError, UnknownNameError
 from adapterbank.runtime import AdapterEngine
 from serving import alike, exported, inputs_of, logits
+from sparse import make_delta
 from tiny_models import MODELS, TARGETS, adapters_for, bert, factors, layers_to_adapt, llama
 
 KINDS = {
@@ -583,6 +584,35 @@ def test_quantised_layers_are_called_and_never_read(bank, tmp_path):
     assert float((found - expected).abs().max()) < 5 * error
     with pytest.raises(BankError, match="is quantised, so nothing can be merged into it"), engine.merged("a0"):
         pass
+
+
+class Wrapped(nn.Module):
+    """A linear layer of another library: no ``nn.Linear``, but weights like its."""
+
+    in_features = out_features = 30
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(30, 30))
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+def test_a_linear_layer_of_another_library_is_merged_into():
+    members = [LoraAdapter.from_factors(f"a{i}", {"0": factors(30, 30, 2, i)}) for i in range(3)]
+    model, x = nn.Sequential(Wrapped()), torch.randn(2, 30)
+    engine = AdapterEngine(model, Bank.fit(members, max_error=0.05))
+    with engine.adapters(["a1", "a1"]):
+        expected = model(x)
+    with engine.merged("a1"):
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    engine.add(make_delta(model, only=["0.weight"], name="sparse"))
+    with engine.adapters(["sparse", "sparse"]):
+        expected = model(x)
+    with engine.merged("sparse"):
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_quantised_layer_needs_no_weight():

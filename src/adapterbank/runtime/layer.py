@@ -25,6 +25,11 @@ def device_of(layer: nn.Module) -> torch.device | None:
     return next((tensor.device for tensor in tensors), None)
 
 
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether a layer keeps its weight as ``(d_in, d_out)``, as GPT-2's Conv1D does."""
+    return hasattr(layer, "nf")
+
+
 def hooked(layer: nn.Module, hook: Callable[..., Tensor | None]) -> RemovableHandle:
     """Register a forward hook, also with a model that was compiled and called before."""
     if "torch._dynamo" in sys.modules:
@@ -132,4 +137,4 @@ class ServedLayer:
         """
         A, B = member.factors(name, self.basis)
         update = B @ A
-        return update if isinstance(self.layer, nn.Linear) else update.T
+        return update.T if is_conv1d(self.layer) else update

@@ -13,7 +13,7 @@ from adapterbank.adapters.names import match_modules
 from adapterbank.errors import BankError
 from adapterbank.runtime import ops
 from adapterbank.runtime.batch import by_row
-from adapterbank.runtime.layer import COMPUTE, device_of, hooked
+from adapterbank.runtime.layer import COMPUTE, device_of, hooked, is_conv1d
 from adapterbank.shira import SparseDelta, SparseUpdate
 from adapterbank.shira.delta import gathered
 
@@ -57,7 +57,7 @@ class SparseMember:
             if parameter not in places:
                 raise BankError(f"{where}: {parameter} is of no linear layer of the model; use it with a Switcher")
             name = places[parameter].removesuffix(".weight")
-            updates[name] = _oriented(update, isinstance(layers[name], nn.Linear))
+            updates[name] = _oriented(update, is_conv1d(layers[name]))
             if updates[name].shape != sizes[places[parameter]][::-1]:
                 raise BankError(
                     f"{where}, {parameter}: it is {updates[name].shape}, the model's layer "
@@ -87,9 +87,9 @@ def groups_of(
     return found
 
 
-def _oriented(update: SparseUpdate, linear: bool) -> SparseUpdate:
+def _oriented(update: SparseUpdate, conv1d: bool) -> SparseUpdate:
     """As ``(d_out, d_in)``; GPT-2's Conv1D has the reverse."""
-    if linear:
+    if not conv1d:
         return update
     rows, columns = update.shape
     positions = update.positions.long()
