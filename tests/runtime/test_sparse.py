@@ -142,6 +142,16 @@ def test_rows_keep_the_model_s_type(dtype):
     alike(found[0].float(), expected, base, 1e-3 if dtype == torch.float64 else 0.3)
 
 
+def test_rows_are_served_under_autocast():
+    delta, model, batch = deltas_of(llama(), TARGETS["llama"])[0], llama(), inputs_of("llama", 2)
+    engine = AdapterEngine(model)
+    engine.add(delta)
+    with engine.adapters(["s0", None]), torch.autocast("cpu", torch.bfloat16):
+        found, base = logits(model, batch), logits(llama(), batch)
+    assert torch.equal(found[1], base[1])
+    alike(found[0].float(), switched(llama, delta, batch)[0], logits(llama(), batch)[0], 0.3)
+
+
 def test_a_sparse_adapter_brings_its_head():
     torch.manual_seed(3)
     head = {"classifier.weight": torch.randn(3, 32), "classifier.bias": torch.randn(3)}

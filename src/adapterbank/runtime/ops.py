@@ -86,6 +86,9 @@ def through_sparse(x: Float[Tensor, "m t d_in"], S: Float[Tensor, "d_out d_in"])
 
     A token costs as many products as ``S`` has values: a hundredth of the base layer's at a density of 1 %.
     """
+    if torch.is_autocast_enabled(x.device.type):  # torch has no sparse product in its types
+        with torch.autocast(x.device.type, enabled=False):
+            return through_sparse(x, S)
     found: Tensor = S @ x.reshape(-1, x.shape[-1]).to(S.dtype).T
     # contiguous, as adding it to rows would otherwise go through it column by column
     return found.T.contiguous().view(*x.shape[:-1], -1)
