@@ -190,8 +190,12 @@ def _planned(seed: int, *, layers: int, d: int, r: int, k: int, members: int) ->
     expected = plan(bank, members=members)
     engine = AdapterEngine(model, bank)
     engine.load()
+    seconds = []
     for i in range(BASIS_FROM, members):
-        engine.add(family.adapter(i))
+        adapter = family.adapter(i)
+        start = time.process_time()
+        engine.add(adapter)
+        seconds.append(time.process_time() - start)
     report = engine.report()
     measured = report.basis_bytes + report.shared_bytes + report.private_bytes
     return {
@@ -199,4 +203,5 @@ def _planned(seed: int, *, layers: int, d: int, r: int, k: int, members: int) ->
         "measured_bytes": measured,
         "planned_over_measured": max(expected.bytes / measured, measured / expected.bytes),
         "full_bytes": expected.full_bytes,
+        "add_seconds": median(seconds),
     }

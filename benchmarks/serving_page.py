@@ -155,7 +155,8 @@ def _growth(result: Result) -> list[str]:
         table(["members asked for", *ways], asked),
         f"{planned['members']:,} members of rank {planned['r']} in a model of {planned['layers']} adapted layers, "
         f"{planned['d']} wide, on {planned['k']} directions: {sizes['measured_bytes'] / 1e9:.3g} GB, planned "
-        f"{sizes['planned_bytes'] / 1e9:.3g} GB; as full adapters at 16 bits {sizes['full_bytes'] / 1e9:.3g} GB.",
+        f"{sizes['planned_bytes'] / 1e9:.3g} GB; as full adapters at 16 bits {sizes['full_bytes'] / 1e9:.3g} GB. "
+        f"Adding one of that size takes {1e3 * sizes['add_seconds']:.0f} ms, beside running steps.",
         targets(result),
     ]
 

@@ -191,7 +191,7 @@ class Splitter:
 
     def _divided(self, rows: Float[Tensor, "r d"], basis: Float[Tensor, "k d"]) -> tuple[Packed, Packed | None]:
         coefficients = rows @ basis.T
-        rest = rows - coefficients @ basis
+        rest = torch.addmm(rows, coefficients, basis, alpha=-1)
         private = bool(rest.norm() > NOTHING * rows.norm())
         return Packed.of(coefficients, self.bits), Packed.of(rest, self.bits) if private else None
 
