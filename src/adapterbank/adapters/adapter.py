@@ -198,7 +198,8 @@ class LoraAdapter:
             if A.shape[0] == 0:  # AdaLoRA cut the module to nothing; a LoRA has at least rank 1
                 A, B = torch.zeros(1, shape.d_in), torch.zeros(shape.d_out, 1)
         for letter, factor in (("A", A), ("B", B)):
-            if not factor.isfinite().all():
+            # a sum that is finite has no other terms, and takes a tenth of the time
+            if not factor.sum().isfinite() and not factor.isfinite().all():
                 bad = int((~factor.isfinite()).sum())
                 raise AdapterError(
                     f"adapter {self.name!r}, {module}: {letter} has {bad} values of {factor.numel()} that are not "

@@ -171,10 +171,13 @@ class Splitter:
                     f"{where}, {module}: it is {factors.d_out} x {factors.d_in}, the layer {basis.U.shape[0]} x "
                     f"{basis.V.shape[1]}; is it of another base model?"
                 )
-            coef_A, rest_A = self._divided(factors.A.float(), basis.V)
-            coef_B, rest_B = self._divided(factors.scale * factors.B.T.float(), basis.U.T)
+            A, B = factors.A.float(), factors.B.float()
+            coef_A, coef_B = A @ basis.V.T, basis.U.T @ B
+            rest_A = self._rest(A, torch.addmm(A, coef_A, basis.V, alpha=-1), 1.0)
+            # as B lies in memory: its transpose would take half as long again
+            rest_B = self._rest(B.T, torch.addmm(B, basis.U, coef_B, alpha=-1).T, factors.scale)
             ranks[layer] = factors.rank
-            rows += [coef_A, coef_B]
+            rows += [Packed.of(coef_A, self.bits), Packed.of(factors.scale * coef_B.T, self.bits)]
             if rest_A is not None or rest_B is not None:
                 private[layer] = Private(A=rest_A, B=rest_B)
         return Member(
@@ -189,11 +192,9 @@ class Splitter:
         """Of members with these ranks by layer, the same for all that are alike."""
         return self._layouts.setdefault(tuple(ranks.items()), Layout(ranks, self.bases))
 
-    def _divided(self, rows: Float[Tensor, "r d"], basis: Float[Tensor, "k d"]) -> tuple[Packed, Packed | None]:
-        coefficients = rows @ basis.T
-        rest = torch.addmm(rows, coefficients, basis, alpha=-1)
-        private = bool(rest.norm() > NOTHING * rows.norm())
-        return Packed.of(coefficients, self.bits), Packed.of(rest, self.bits) if private else None
+    def _rest(self, rows: Float[Tensor, "r d"], rest: Float[Tensor, "r d"], scale: float) -> Packed | None:
+        """What is left of a factor's rows, times ``scale``; none if that is rounding."""
+        return Packed.of(scale * rest, self.bits) if bool(rest.norm() > NOTHING * rows.norm()) else None
 
 
 def directions(bank: Bank) -> int | None:
