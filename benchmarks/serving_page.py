@@ -156,9 +156,13 @@ def _growth(result: Result) -> list[str]:
         f"{planned['members']:,} members of rank {planned['r']} in a model of {planned['layers']} adapted layers, "
         f"{planned['d']} wide, on {planned['k']} directions: {sizes['measured_bytes'] / 1e9:.3g} GB, planned "
         f"{sizes['planned_bytes'] / 1e9:.3g} GB; as full adapters at 16 bits {sizes['full_bytes'] / 1e9:.3g} GB. "
-        f"Adding one of that size takes {1e3 * sizes['add_seconds']:.0f} ms, beside running steps.",
+        f"Adding one of rank {planned['r']} to a running engine takes {_added(result['added'])}.",
         targets(result),
     ]
+
+
+def _added(rows: list[Result]) -> str:
+    return " and ".join(f"{1e3 * row['seconds']:.0f} ms in {row['name']} ({row['layers']} layers)" for row in rows)
 
 
 LOADING = {"compact": "compact bank", "by ratio": "bank fitted to a ratio of 16", "PEFT": "PEFT, `load_adapter`"}
