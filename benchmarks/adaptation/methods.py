@@ -38,7 +38,8 @@ class Method:
     gradient: dict[str, Any] = field(default_factory=dict)
     """Arguments of ``augment``; without any there are no gradient directions."""
     start: dict[str, Any] = field(default_factory=dict)
-    """Arguments of ``init_lora``, or ``nearest``: how many members to start from."""
+    """Arguments of ``init_lora``; or ``nearest``: how many members to start from; or ``components``: in which last
+    share of the steps these are trained too."""
 
     @property
     def needs_bank(self) -> bool:

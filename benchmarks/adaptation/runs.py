@@ -119,7 +119,12 @@ class Run:
             model, groups = build(self.method, subject, split, bank, seed=self.seed)
         build_seconds = time.process_time() - began
         once = self.keep or self.ends_only
-        recipe = Recipe(steps=self.steps, seed=self.seed, evaluate=(1.0,) if once else Recipe.evaluate)
+        recipe = Recipe(
+            steps=self.steps,
+            seed=self.seed,
+            evaluate=(1.0,) if once else Recipe.evaluate,
+            components=self.method.start.get("components", 0.0),
+        )
         done = train(subject, model, groups, split.train, split.validation, recipe)
         if self.keep:
             _keep(model, self.folder)

@@ -120,6 +120,7 @@ APPENDIX = (
     in_bank("core 22 x 22", k=22, train="core"),
     in_bank("free rank 1 beside 32", free_rank=1),
     in_bank("trained components", train="components"),
+    replace(BANK, name="components in the last fifth", start={"components": 0.2}),
     in_bank("r=2 on bank 32 + random 96", r=2, random_directions=96),
     replace(BANK, name="bank, nearest 3", start={"nearest": 3, "weight": 1.0}),
     replace(ZERO_SHOT, name="zero-shot inside"),

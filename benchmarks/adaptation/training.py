@@ -5,11 +5,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adapterbank.tuner import StagedComponents
 from benchmarks.adaptation.subject import Batch, Sample, Subject
 
 EVAL_BATCH = 80
@@ -29,6 +31,8 @@ class Recipe:
     """After which shares of the steps the validation loss is taken."""
     seed: int = 0
     """Of order and dropout."""
+    components: float = 0.0
+    """Share of the steps, at the end, in which the bank's components are trained too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +64,19 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
     )
-    trained = [parameter for group in groups for parameter in group["params"]]
+    staged = StagedComponents(recipe.components) if recipe.components else None
     stops = {max(1, round(share * steps)) for share in recipe.evaluate}
     losses, curve, seconds = [], [(0, *_validated(subject, model, validation))], []
     for step, batch in enumerate(ordered(subject, examples, recipe), 1):
         model.train()
+        if staged is not None:
+            where = SimpleNamespace(global_step=step - 1, max_steps=steps)
+            how: dict[str, Any] = {"model": model, "optimizer": optimizer, "lr_scheduler": schedule}
+            staged.on_step_begin(SimpleNamespace(world_size=1), where, None, **how)
         start = time.process_time()
         loss = model(**batch).loss
         loss.backward()
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
