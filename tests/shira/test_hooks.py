@@ -65,6 +65,16 @@ OPTIMIZERS = {
 }
 
 
+WAYS = {
+    "plainly": {},
+    "accumulating": {"accumulate": 3},
+    "clipping": {"clip": 0.05},
+    "checkpointed": {"how": checkpointed},
+    "compiled": {"how": compiled},
+    "bfloat16": {"how": in_bfloat16},
+}
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_weights_that_are_masked_out_stay_to_the_bit(kind):
     model = Net()
@@ -83,11 +93,7 @@ def test_weights_that_are_masked_out_stay_to_the_bit(kind):
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"accumulate": 3}, {"clip": 0.05}, {"how": checkpointed}, {"how": compiled}, {"how": in_bfloat16}],
-    ids=str,
-)
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 def test_the_hooks_and_the_tuner_learn_the_same(kind, options, monkeypatch):
     if options.get("how") is compiled:
         monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # its checks can't be traced
