@@ -111,6 +111,35 @@ def draw_switching(rows: tuple[list[dict[str, Any]], list[dict[str, Any]]], path
 
 def draw_working_set(rows: list[dict[str, Any]], path: Path) -> Path:
     """CPU time of a request by the number of members that requests are for."""
+    lines = {name: [(row["members"], 1e3 * row["seconds"][name]) for row in rows] for name in WORKING_SETS}
+    labels = {"xlabel": "members asked for, in random order", "ylabel": "CPU ms a request"}
+    return _draw_lines(lines, WORKING_SETS, path, legend=2, ylim=(0, None), **labels)
+
+
+def draw_orthogonality(rows: list[dict[str, Any]], path: Path) -> Path:
+    """AWOR by size of the layer."""
+    lines = {kind: [(row["size"], row["awor"]) for row in rows if row["kind"] == kind] for kind in ORTHOGONALITY}
+    labels = {"xlabel": "width of the layer", "ylabel": "AWOR: zeros in $S_1^T S_2$"}
+    return _draw_lines(lines, ORTHOGONALITY, path, legend=3, ylim=(-0.03, 1.03), **labels)
+
+
+def _draw_lines(
+    lines: dict[str, list[tuple[float, float]]],
+    styles: dict[str, dict[str, Any]],
+    path: Path,
+    *,
+    legend: int,
+    **axes: Any,
+) -> Path:
+    """Lines by a number on a logarithmic axis, every one of its values marked.
+
+    Args:
+        lines: Points by name.
+        styles: By name.
+        path: SVG to write.
+        legend: Columns of the legend.
+        axes: What the axes say and where they end.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -119,37 +148,13 @@ def draw_working_set(rows: list[dict[str, Any]], path: Path) -> Path:
     axis = figure.subplots()
     _plain(axis)
     axis.set(xscale="log")
-    axis.set_xticks([row["members"] for row in rows], [f"{row['members']:,}" for row in rows])
+    for name, points in lines.items():
+        _line(axis, points, label=name, **styles[name])
+    values = sorted({x for points in lines.values() for x, _ in points})
+    axis.set_xticks(values, [f"{x:,}" for x in values])
     axis.minorticks_off()
-    axis.set_xlabel("members asked for, in random order", color=INK)
-    axis.set_ylabel("CPU ms a request", color=INK)
-    for name, style in WORKING_SETS.items():
-        _line(axis, [(row["members"], 1e3 * row["seconds"][name]) for row in rows], label=name, **style)
-    axis.set_ylim(bottom=0)
-    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    return path
-
-
-def draw_orthogonality(rows: list[dict[str, Any]], path: Path) -> Path:
-    """AWOR by size of the layer."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    matplotlib.rcParams["svg.hashsalt"] = "adapterbank"  # the same file from the same numbers
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axis = figure.subplots()
-    _plain(axis)
-    axis.set(xscale="log", ylim=(-0.03, 1.03))
-    sizes = sorted({row["size"] for row in rows})
-    axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
-    axis.minorticks_off()
-    axis.set_xlabel("width of the layer", color=INK)
-    axis.set_ylabel("AWOR: zeros in $S_1^T S_2$", color=INK)
-    for kind, style in ORTHOGONALITY.items():
-        _line(axis, [(row["size"], row["awor"]) for row in rows if row["kind"] == kind], label=kind, **style)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    axis.set(**axes)
+    figure.legend(loc="outside upper center", ncols=legend, frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     return path

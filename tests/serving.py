@@ -25,3 +25,17 @@ def alike(found, expected, base, tolerance=1e-3):
     effect = float((expected - base).abs().max())
     assert effect > 1e-5
     assert float((found - expected).abs().max()) < tolerance * effect + 1e-6
+
+
+def check_rows_one_by_one(engine, rows):
+    """A mixed batch is its rows one by one, and those of the base model are as they were, to the bit."""
+    batch = inputs_of("llama", len(rows))
+    base = logits(engine.model, batch)
+    with engine.adapters(rows):
+        mixed = logits(engine.model, batch)
+    for i, name in enumerate(rows):
+        with engine.adapters([name]):
+            alone = logits(engine.model, {"input_ids": batch["input_ids"][i : i + 1]})
+        torch.testing.assert_close(mixed[i], alone[0], rtol=1e-4, atol=1e-5)
+        if name is None:
+            assert torch.equal(mixed[i], base[i])

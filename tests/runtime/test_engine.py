@@ -16,7 +16,7 @@ from adapterbank.adapters import LoraAdapter
 from adapterbank.bank import Bank
 from adapterbank.errors import AdapterBankError, BankError, UnknownNameError
 from adapterbank.runtime import AdapterEngine
-from serving import alike, exported, inputs_of, logits
+from serving import alike, check_rows_one_by_one, exported, inputs_of, logits
 from sparse import make_delta
 from tiny_models import MODELS, TARGETS, adapters_for, bert, factors, layers_to_adapt, llama
 
@@ -99,16 +99,7 @@ def uneven():
 def test_a_mixed_batch_is_its_rows_one_by_one(uneven, rows, crossover):
     for layer in uneven._layers.values():
         layer.crossover = crossover
-    batch = inputs_of("llama", len(rows))
-    base = logits(uneven.model, batch)
-    with uneven.adapters(rows):
-        mixed = logits(uneven.model, batch)
-    for i, name in enumerate(rows):
-        with uneven.adapters([name]):
-            alone = logits(uneven.model, {"input_ids": batch["input_ids"][i : i + 1]})
-        torch.testing.assert_close(mixed[i], alone[0], rtol=1e-4, atol=1e-5)
-        if name is None:
-            assert torch.equal(mixed[i], base[i])
+    check_rows_one_by_one(uneven, rows)
 
 
 @pytest.mark.parametrize("crossover", [1.0, 1000.0])

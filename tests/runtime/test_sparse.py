@@ -13,7 +13,7 @@ from adapterbank.bank import Bank
 from adapterbank.errors import AdapterError, BankError
 from adapterbank.runtime import AdapterEngine
 from adapterbank.shira import SparseDelta
-from serving import alike, inputs_of, logits
+from serving import alike, check_rows_one_by_one, inputs_of, logits
 from sparse import make_delta
 from tiny_models import MODELS, TARGETS, adapters_for, bert, layers_to_adapt, llama
 
@@ -71,16 +71,7 @@ def mixed():
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(st.sampled_from(["a0", "a1", "s0", "s1", "s2", None]), min_size=1, max_size=7))
 def test_a_mixed_batch_is_its_rows_one_by_one(mixed, rows):
-    batch = inputs_of("llama", len(rows))
-    base = logits(mixed.model, batch)
-    with mixed.adapters(rows):
-        found = logits(mixed.model, batch)
-    for i, name in enumerate(rows):
-        with mixed.adapters([name]):
-            alone = logits(mixed.model, {"input_ids": batch["input_ids"][i : i + 1]})
-        torch.testing.assert_close(found[i], alone[0], rtol=1e-4, atol=1e-5)
-        if name is None:
-            assert torch.equal(found[i], base[i])
+    check_rows_one_by_one(mixed, rows)
 
 
 def test_an_engine_needs_no_bank_to_serve_sparse_adapters(tmp_path):

@@ -27,6 +27,19 @@ def family(model, n=3):
     return {f"a{i}": make_delta(model, seed=i) for i in range(n)}
 
 
+def fail_after(monkeypatch, writes, error):
+    """So many parameters can be overwritten; the next write fails."""
+    whole, left = torch.Tensor.scatter_, [writes]
+
+    def failing(self, *args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise error
+        return whole(self, *args)
+
+    monkeypatch.setattr(torch.Tensor, "scatter_", failing)
+
+
 @dtypes
 def test_a_thousand_switches_bring_back_every_bit(dtype):
     model = Net().to(dtype)
@@ -206,18 +219,10 @@ def test_a_failure_in_the_middle_of_a_switch_can_be_taken_back(monkeypatch):
     model = Net()
     before, switcher = copies(model), Switcher(model, family(model))
     switcher.switch("a0")
-    whole, left = torch.Tensor.scatter_, [3]  # two writes take a0 out, one begins a1
-
-    def failing(self, *args):
-        left[0] -= 1
-        if left[0] < 0:
-            raise MemoryError
-        return whole(self, *args)
-
-    monkeypatch.setattr(torch.Tensor, "scatter_", failing)
+    fail_after(monkeypatch, 3, MemoryError)  # two writes take a0 out, one begins a1
     with pytest.raises(MemoryError):
         switcher.switch("a1")
-    monkeypatch.setattr(torch.Tensor, "scatter_", whole)
+    monkeypatch.undo()
     assert not equal(model, before)
     switcher.restore()
     assert equal(model, before)
@@ -230,15 +235,7 @@ def test_after_a_failure_in_the_middle_the_same_adapter_is_put_in_anew(monkeypat
     for name in ("a1", "a0"):
         switcher.switch(name)
         expected[name] = copies(model)
-    whole, left = torch.Tensor.scatter_, [writes]
-
-    def failing(self, *args):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return whole(self, *args)
-
-    monkeypatch.setattr(torch.Tensor, "scatter_", failing)
+    fail_after(monkeypatch, writes, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         switcher.switch("a1")
     monkeypatch.undo()

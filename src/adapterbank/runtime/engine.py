@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from adapterbank.adapters import LoraAdapter
-from adapterbank.adapters.live import layer_sizes
 from adapterbank.adapters.names import check_name, match_modules
 from adapterbank.adapters.peft_config import peft_type
 from adapterbank.adapters.peft_files import open_source
 from adapterbank.bank import Bank
 from adapterbank.errors import BankError
+from adapterbank.runtime.bases import bases_of
 from adapterbank.runtime.batch import rows_of
 from adapterbank.runtime.heads import ServedHead, State
 from adapterbank.runtime.layer import COMPUTE, ServedLayer
-from adapterbank.runtime.members import LayerBasis, Member, Splitter, directions
+from adapterbank.runtime.members import Member, Splitter
+from adapterbank.runtime.merging import written
 from adapterbank.runtime.shelf import Shelf
 from adapterbank.runtime.sparse import SparseLayer, SparseMember, groups_of
 from adapterbank.runtime.store import MemberStore, Served
@@ -94,7 +95,7 @@ class AdapterEngine:
         crossover: float | None = None,
     ) -> None:
         self.model, self.bank = model, Bank.load(Path(bank).expanduser()) if isinstance(bank, (str, Path)) else bank
-        bases, recipe = _bases(self.bank, model, k)
+        bases, recipe = bases_of(self.bank, model, k)
         dtype = next((p.dtype for p in model.parameters() if p.dtype in COMPUTE), torch.float32)
         self._splitter = Splitter(bases, bits)
         shelf = None if cache is None else Shelf(cache, recipe, self._splitter)
@@ -199,7 +200,7 @@ class AdapterEngine:
             self._activate([], [])
             for place, state in heads.items():
                 self._head(place).activate_for_all(state)
-            with self._written(member):
+            with written(member, self.model, self._layers):
                 self._merged = name
                 try:
                     yield
@@ -225,42 +226,11 @@ class AdapterEngine:
             finally:
                 if self._blocks[-1:] != [this]:
                     # a generator or a coroutine: nobody can tell whose rows the model has served since
-                    self._blocks, before = [], []
-                    self._restore(before)
+                    self._blocks = []
+                    self._restore([])
                     raise BankError("blocks of one thread overlap; end the one that began last first")
                 self._blocks.pop()
                 self._restore(before)
-
-    @contextmanager
-    def _written(self, member: Served) -> Iterator[None]:
-        if isinstance(member, SparseMember):
-            overwritten = member.delta.apply_(self.model, heads=False)
-            try:
-                yield
-            finally:
-                member.delta.restore_(self.model, overwritten)
-            return
-        layers = {place: self._layers[place] for place in member.layout.places}
-        weights = [layer.weight() for layer in layers.values()]
-        self._check_untied(weights)
-        saved = [weight.detach().clone() for weight in weights]
-        try:
-            with torch.no_grad():
-                for (place, layer), weight in zip(layers.items(), weights, strict=True):
-                    weight += layer.dense(place, member).to(weight)
-            yield
-        finally:
-            with torch.no_grad():
-                for weight, value in zip(weights, saved, strict=True):
-                    weight.copy_(value)
-
-    def _check_untied(self, weights: Sequence[Tensor]) -> None:
-        owners: dict[int, list[str]] = {}
-        for name, tensor in self.model.named_parameters(remove_duplicate=False):
-            owners.setdefault(id(tensor), []).append(name)
-        for weight in weights:
-            if len(names := owners.get(id(weight), [])) > 1:
-                raise BankError(f"{' and '.join(names)} are one tensor: merging would change both; serve by rows")
 
     def _activate(self, members: Sequence[Served], which: Sequence[int]) -> None:
         numbered = dict(enumerate(members))
@@ -359,47 +329,3 @@ def _opened(source: str | Path, name: str | None, model: nn.Module) -> LoraAdapt
     if peft_type(config) in LAYOUTS:
         return SparseDelta.load(source, name=name, model=model)
     return LoraAdapter.load(source, name=name)
-
-
-def _bases(bank: Bank | None, model: nn.Module, k: int | None) -> tuple[dict[str, LayerBasis], str]:
-    """By layer of the model, and what names them.
-
-    Raises:
-        BankError: If the model lacks a layer, or the bank can't give ``k``.
-    """
-    if bank is None:
-        return {}, ""
-    layers, basis = _layers_of(bank, model), bank.basis(directions(bank) if k is None else k)
-    found = {layer: LayerBasis.of(basis.modules[module]) for module, layer in layers.items()}
-    # two machines may derive directions differently, and one in another version of its libraries
-    return found, f"{basis.fingerprint} {basis.probe:.2f}"
-
-
-def _layers_of(bank: Bank, model: nn.Module) -> dict[str, str]:
-    """The model's layer of each module of the bank.
-
-    Raises:
-        BankError: If there is none, or it has another size, or is another module's too.
-    """
-    # quantised layers may keep their weight under other names
-    layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if hasattr(layer, "weight") or hasattr(layer, "in_features")
-    }
-    found = match_modules([module.name for module in bank.index.modules], layers)
-    is_it = f"is it the bank's base, {bank.index.base or 'unnamed'}?"
-    for module in bank.index.modules:
-        if module.name not in found:
-            raise BankError(f"the model has no layer {module.name}; {is_it}")
-        sizes = layer_sizes(layers[found[module.name]]) or (module.d_in, module.d_out)
-        if sizes != (module.d_in, module.d_out):
-            raise BankError(
-                f"{module.name}: the model's layer is {sizes[1]} x {sizes[0]}, the bank's {module.d_out} x "
-                f"{module.d_in}; {is_it}"
-            )
-    if len(set(found.values())) < len(found):
-        raise BankError(
-            "several modules of the bank fit one layer of the model; give the whole model, not a part of it"
-        )
-    return found

@@ -53,7 +53,8 @@ class Shelf:
         try:
             with safe_open(self.path(digest), "pt") as file:
                 about = json.loads(file.metadata()["member"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                names = file.keys()  # the handle is no mapping, and can't be gone through itself
+                tensors = {name: file.get_tensor(name) for name in names}
             layout = self.splitter.layout(about["ranks"])
             member = Member(
                 name=about["name"],

@@ -1,6 +1,5 @@
 """A SHiRA adapter as data: for each changed parameter some positions and what is added there."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,16 +12,14 @@ from torch import Tensor, nn
 from adapterbank.adapters import LoraAdapter
 from adapterbank.adapters.names import check_name, match_modules
 from adapterbank.errors import AdapterError
+from adapterbank.shira.fingerprint import Fingerprint, check_fingerprint, fingerprint_of
 from adapterbank.shira.masks import dtype_of
 
 Shape = tuple[int, int]
-Fingerprint = tuple[int, int, int]
-"""Hashes of base values, 64 bits each, as signed integers; zeros where no base was at hand."""
 Model = nn.Module | Mapping[str, Tensor]
 """Whatever holds the weights: a model, or its parameters by name."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types that can be changed in place."""
-_HASHED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -141,7 +138,7 @@ class SparseDelta:
             except AdapterError as error:
                 raise AdapterError(f"adapter {name!r}, {parameter}: {error}") from error
             if weights is not None:
-                update = replace(update, fingerprint=fingerprint_of(weights[parameter], update.positions))
+                update = replace(update, fingerprint=fingerprint_of(gathered(weights[parameter], update.positions)))
             elif fingerprints is not None:
                 update = replace(update, fingerprint=fingerprints.get(parameter))
             updates[parameter] = update
@@ -312,7 +309,7 @@ class SparseDelta:
         for name, update in self.updates.items():
             if update.fingerprint is None or name not in values:
                 continue
-            if not check_fingerprint(update.fingerprint, _hashes(values[name])):
+            if not check_fingerprint(update.fingerprint, fingerprint_of(values[name])):
                 raise AdapterError(
                     f"adapter {self.name!r}: {name} has other values than the base model it was made for"
                     + (f", {self.base}" if self.base else "")
@@ -350,38 +347,3 @@ def put_(weight: Tensor, positions: Int[Tensor, " nnz"], values: Float[Tensor, "
     # scatter_ takes no int32, and is the fastest that overwrites
     index = positions.to(weight.device, torch.int64)
     weight.detach().view(-1).scatter_(0, index, values.to(weight.device, weight.dtype))
-
-
-def fingerprint_of(weight: Tensor, positions: Int[Tensor, " nnz"]) -> Fingerprint:
-    """Hashes of a weight's values at the positions, as float32, bfloat16 and float16.
-
-    Two copies of one model in different precisions agree in at least one of them, the coarser one's. Only a float32
-    model that was rounded to float16 here and to bfloat16 there is not known again.
-    """
-    return _hashes(gathered(weight, positions))
-
-
-def _hashes(values: Float[Tensor, " nnz"]) -> Fingerprint:
-    cast = (values.detach().cpu().to(dtype).contiguous().view(torch.uint8).numpy() for dtype in _HASHED)
-    digests = (hashlib.sha256(part.tobytes()).digest()[:8] for part in cast)
-    wide, brain, half = (int.from_bytes(digest, "big", signed=True) for digest in digests)
-    return wide, brain, half
-
-
-def read_fingerprint(stored: Tensor) -> Fingerprint | None:
-    """A fingerprint as a file holds it; none where it is unknown.
-
-    Raises:
-        AdapterError: If it is none.
-    """
-    if stored.dtype != torch.int64 or stored.shape != (len(_HASHED),):
-        raise AdapterError(
-            f"its fingerprint is {stored.dtype} {tuple(stored.shape)}, expected int64 ({len(_HASHED)},); copy it again"
-        )
-    wide, brain, half = stored.tolist()
-    return (wide, brain, half) if any((wide, brain, half)) else None
-
-
-def check_fingerprint(one: Fingerprint, other: Fingerprint) -> bool:
-    """Whether two fingerprints can be of one base model."""
-    return any(a == b for a, b in zip(one, other, strict=True))

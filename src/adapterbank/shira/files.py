@@ -19,7 +19,8 @@ from adapterbank.adapters.peft_files import open_source, write_directory
 from adapterbank.adapters.peft_keys import PREFIX, WRAPPED
 from adapterbank.adapters.tensors import TensorSource
 from adapterbank.errors import AdapterError
-from adapterbank.shira.delta import Model, SparseDelta, SparseUpdate, read_fingerprint, tensors_of
+from adapterbank.shira.delta import Model, SparseDelta, SparseUpdate, tensors_of
+from adapterbank.shira.fingerprint import read_fingerprint
 
 TYPE = "SPARSE_SHIRA"
 """``peft_type`` of our own files."""

@@ -12,7 +12,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from adapterbank.errors import AdapterBankError
-from adapterbank.shira.delta import SparseDelta, fingerprint_of, gathered
+from adapterbank.shira.delta import SparseDelta, gathered
+from adapterbank.shira.fingerprint import fingerprint_of
 
 
 class MaskedGradients:
@@ -24,7 +25,7 @@ class MaskedGradients:
     def __init__(self, parameters: Mapping[str, nn.Parameter], positions: Mapping[str, Tensor]) -> None:
         self._parameters, self._positions = parameters, positions
         self._base = {name: gathered(parameter, positions[name]) for name, parameter in parameters.items()}
-        self._fingerprints = {name: fingerprint_of(p, positions[name]) for name, p in parameters.items()}
+        self._fingerprints = {name: fingerprint_of(gathered(p, positions[name])) for name, p in parameters.items()}
         self._handles: list[Any] = []
         for name, parameter in parameters.items():
             untyped: Any = parameter  # torch's method has no types

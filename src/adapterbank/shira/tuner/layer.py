@@ -17,14 +17,11 @@ from adapterbank.peft_scaling import ScaledAdapters
 from adapterbank.shira import masks
 from adapterbank.shira.delta import (
     FLOATS,
-    Fingerprint,
     changed,
-    check_fingerprint,
-    fingerprint_of,
     gathered,
     put_,
-    read_fingerprint,
 )
+from adapterbank.shira.fingerprint import Fingerprint, check_fingerprint, fingerprint_of, read_fingerprint
 from adapterbank.shira.tuner.config import ShiraTunerConfig
 from adapterbank.shira.tuner.dora import MaskedDora
 from adapterbank.shira.tuner.ops import sparse_linear
@@ -181,7 +178,7 @@ class SparseLayer(ScaledAdapters, BaseTunerLayer):
     def fingerprint(self, adapter_name: str) -> Fingerprint:
         """Of the base weight at an adapter's positions."""
         with self._unmerged():
-            return fingerprint_of(self.get_base_layer().weight, self.sparse_positions[adapter_name])
+            return fingerprint_of(gathered(self.get_base_layer().weight, self.sparse_positions[adapter_name]))
 
     def mark(self, adapter_name: str) -> None:
         """Note what base an adapter is of, for its file."""
