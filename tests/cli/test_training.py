@@ -60,16 +60,16 @@ def test_json_holds_the_whole_result(object_of, words, tmp_path):
 
 
 def test_resume_continues_an_interrupted_training(run, object_of, words, home, tmp_path, monkeypatch):
-    from adapterbank.training import loop
+    from adapterbank.training import trainer
 
-    told = loop._Telling.on_step_end
+    told = trainer.Telling.on_step_end
 
     def interrupted(self, args, state, control, **kwargs):
         told(self, args, state, control, **kwargs)
         if state.global_step == 7:  # 5 steps an epoch
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop._Telling, "on_step_end", interrupted)
+    monkeypatch.setattr(trainer.Telling, "on_step_end", interrupted)
     result = run(*words)
     assert (result.exit_code, result.stderr) == (130, "Interrupted.\n")
     monkeypatch.undo()

@@ -12,7 +12,8 @@ from adapterbank.adapters.names import base_model_id
 from adapterbank.bank import Bank
 from adapterbank.errors import BankError
 from adapterbank.training.examples import TASKS
-from adapterbank.training.loop import Method, Settings, TaskResult, Tell, train
+from adapterbank.training.loop import TaskResult, train
+from adapterbank.training.method import Method, Settings, Tell
 from adapterbank.training.models import BaseModel
 from adapterbank.tuner import EigenLoraConfig, augment, optimizer_groups
 from adapterbank.tuner.live import adapter_config

@@ -14,7 +14,8 @@ from adapterbank.shira.masks import GRADIENT_KINDS
 from adapterbank.shira.tuner import ShiraTunerConfig, calibrate, optimizer_groups
 from adapterbank.shira.tuner.optimizer import HEAD_LR, VALUE_LR
 from adapterbank.training.examples import TASKS
-from adapterbank.training.loop import Method, Settings, TaskResult, Tell, train
+from adapterbank.training.loop import TaskResult, train
+from adapterbank.training.method import Method, Settings, Tell
 from adapterbank.training.models import BaseModel
 
 
