@@ -8,7 +8,10 @@ from benchmarks.adaptation.words import kilobytes, percent, rates, signed, told
 from benchmarks.markdown import table
 
 BRIEF = (LORA, "LoRA from the bank", "LoRA r=1", "bank", "random", "head")
-OURS = ("bank", "bank, mean start", "bank + gradient", "bank + gradient, mean start", "gradient")
+OURS = (
+    "bank", "bank, mean start", "bank + gradient", "bank + gradient, mean start", "gradient", "core 22 x 22",
+    "core 22 x 22, mean start",
+)  # fmt: skip
 
 
 def page() -> list[str]:

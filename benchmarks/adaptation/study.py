@@ -84,17 +84,19 @@ RANDOM_GRADIENT = in_bank("random + gradient", k=0, random_directions=16, gradie
 GRADIENT = in_bank("gradient", k=0, gradient=32)
 GRADIENT_16 = in_bank("gradient 16", k=0, gradient=16)
 MIXED_8 = in_bank("bank 8 + gradient 8", k=8, gradient=8)
+CORE = in_bank("core 22 x 22", k=22, train="core")
+CORE_MEAN = in_bank("core 22 x 22, mean start", k=22, train="core", start="mean")
 FROM_BANK = lora(8, 1.5e-3, "LoRA from the bank", start="mean")
 
 MAIN = (
     HEAD, LORA, lora(1, 4.5e-3), RANDOM, PAPER, PAPER_BASE, BANK, BANK_MEAN, MIXED, MIXED_MEAN, GRADIENT,
-    FROM_BANK,
+    FROM_BANK, CORE, CORE_MEAN,
 )  # fmt: skip
 SHORT = (MIXED_MEAN, GRADIENT, LORA)
 """With six tenths of the steps."""
-FEW = (HEAD, LORA, RANDOM, BANK_MEAN, GRADIENT, MIXED_MEAN, FROM_BANK)
+FEW = (HEAD, LORA, RANDOM, BANK_MEAN, GRADIENT, MIXED_MEAN, FROM_BANK, CORE_MEAN)
 """With 48 examples."""
-JOINING = (LORA, lora(1, 4.5e-3), RANDOM, BANK_MEAN, GRADIENT, MIXED_MEAN, FROM_BANK)
+JOINING = (LORA, lora(1, 4.5e-3), RANDOM, BANK_MEAN, GRADIENT, MIXED_MEAN, FROM_BANK, CORE, CORE_MEAN)
 """What is measured as a member of the bank."""
 RECYCLING = (PAPER, PAPER_BASE, BANK, BANK_MEAN, MIXED_MEAN, FROM_BANK)
 """What is compared between families of source adapters."""
@@ -117,7 +119,6 @@ APPENDIX = (
     in_bank("r=16 on gradient 16", k=0, gradient=16, r=16),
     in_bank("bank 24 + gradient 8", k=24, gradient=8),
     in_bank("bank 8 + gradient 24, mean start", k=8, gradient=24, start="mean"),
-    in_bank("core 22 x 22", k=22, train="core"),
     in_bank("free rank 1 beside 32", free_rank=1),
     in_bank("trained components", train="components"),
     replace(BANK, name="components in the last fifth", start={"components": 0.2}),

@@ -1,12 +1,9 @@
 """The bank: many LoRA adapters of one base model on a shared basis."""
 
 import shutil
-import tempfile
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from adapterbank.bank.partial import PartialFit
 from adapterbank.bank.restoring import Basis, decode_bases, relative_error, restore
 from adapterbank.bank.settings import FitSettings, check_positive, parse_bytes
 from adapterbank.bank.shared_basis import BankBasis, basis_members, shared_basis, with_random
+from adapterbank.bank.staging import Staging
 from adapterbank.bank.task import restore_task
 from adapterbank.bank.writing import bank_bytes
 from adapterbank.errors import BankError, UnknownNameError
@@ -50,7 +48,7 @@ class Bank:
         """Use :meth:`fit` or :meth:`load`."""
         self._index = index
         self._directory = directory
-        self._staging = _Staging()
+        self._staging = Staging()
         self._bases: Sequence[Basis] | None = None
         self._shared: dict[Any, BankBasis] = {}
         self.refused: list[Refused] = []
@@ -117,7 +115,7 @@ class Bank:
     ) -> "Bank":
         if partial is not None and sorted(partial.adapters) != sorted(family.names()):
             raise BankError(f"the sketch is of {len(partial.adapters)} adapters, not of these {len(family.adapters)}")
-        staging = _Staging()
+        staging = Staging()
         index = fit_bank(family, settings, staging.path, partial=partial, progress=progress)
         bank = cls(index, staging.path)
         bank._staging = staging
@@ -622,26 +620,6 @@ class Bank:
         if "payload" not in tensors:
             raise BankError(f"{name} is damaged: it holds no payload")
         return tensors
-
-
-class _Staging:
-    """A directory for the files of changes that are not saved yet; made on first use, gone with the object."""
-
-    @cached_property
-    def path(self) -> Path:
-        """The directory."""
-        made = Path(tempfile.mkdtemp(prefix="adapterbank-"))
-        # TemporaryDirectory would do the same, with a warning
-        weakref.finalize(self, shutil.rmtree, made, ignore_errors=True)
-        return made
-
-    def is_at(self, directory: Path) -> bool:
-        """Whether this is it."""
-        return "path" in self.__dict__ and self.path == directory
-
-    def holds(self, name: str) -> bool:
-        """Whether a file is in it."""
-        return "path" in self.__dict__ and (self.path / name).exists()
 
 
 def _after(before: MemberEntry, entry: MemberEntry) -> MemberEntry:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from adapterbank.bank.task import task_factors
-from adapterbank.codec.rows import packed_width, unpack_rows
+from adapterbank.codec.rows import unpack_rows
 from adapterbank.errors import AdapterBankError
 from adapterbank.peft_scaling import ScaledAdapters
 from adapterbank.tuner.basis import LayerBasis, sizes_of
 from adapterbank.tuner.config import EigenLoraConfig
+from adapterbank.tuner.fresh import fresh_weights
 
 BASE = "__base__"
 """PEFT's name for rows of a mixed batch that take no adapter."""
@@ -86,7 +87,7 @@ class EigenLoraLayer(ScaledAdapters, BaseTunerLayer):
         self.dropout[adapter_name] = config.lora_dropout
         self.bits[adapter_name] = config.gradient_bits
         fixed = {"eig_gradient_in", "eig_gradient_out"}
-        weights = _new_weights(basis, config, (self.in_features, self.out_features))
+        weights = fresh_weights(basis, config, (self.in_features, self.out_features))
         if config.train == "components" or basis.is_edge:
             weights |= {"eig_V": self.shared_V[basis.id].clone(), "eig_U": self.shared_U[basis.id].clone()}
         if config.train == "head":
@@ -350,29 +351,3 @@ def cheaper_through_basis(r: int, k: int, tokens: int, training: bool) -> bool:
     a fraction of the memory, since ``V`` and ``U`` need no gradients (``benchmarks/results/contraction.json``).
     """
     return training or tokens * (k - r) < 1024
-
-
-def _new_weights(basis: LayerBasis, config: EigenLoraConfig, sizes: tuple[int, int]) -> dict[str, Tensor]:
-    """Weights of a fresh adapter, drawn from torch's global generator."""
-    (k_in, k_out), (d_in, d_out), q = basis.k, sizes, config.gradient_directions
-    rows = config.r // basis.fold
-    weights: dict[str, Tensor] = {}
-    if config.train == "core":
-        weights["eig_core"] = torch.zeros(k_out, k_in)
-        if config.start == "random":
-            weights["eig_core"] = torch.rand(k_out, k_in) - 0.5
-    elif config.start == "random" or config.train == "head":
-        # the official code's draw; not the base model
-        weights["eig_coef_A"] = torch.rand(rows, k_in + q) - 0.5
-        weights["eig_coef_B"] = torch.rand(k_out + q, rows) - 0.5
-    else:
-        # rows as long as those of a fresh LoRA (kaiming_uniform with a = sqrt(5): variance 1 / (3 d))
-        weights["eig_coef_A"] = torch.randn(rows, k_in + q) / (3 * (k_in + q)) ** 0.5
-        weights["eig_coef_B"] = torch.zeros(k_out + q, rows)
-    if q:
-        weights["eig_gradient_in"] = torch.zeros(q, packed_width(d_in, config.gradient_bits), dtype=torch.uint8)
-        weights["eig_gradient_out"] = torch.zeros(q, packed_width(d_out, config.gradient_bits), dtype=torch.uint8)
-    if config.free_rank:
-        weights["eig_free_A"] = torch.randn(config.free_rank, d_in) / (3 * d_in) ** 0.5
-        weights["eig_free_B"] = torch.zeros(d_out, config.free_rank)
-    return weights
