@@ -4,6 +4,7 @@ from statistics import median
 
 from benchmarks.adaptation.analysis import Part, reached
 from benchmarks.adaptation.sections import LORA, TASKS, further_sections
+from benchmarks.adaptation.summary import summary
 from benchmarks.adaptation.words import kilobytes, percent, rates, signed, told
 from benchmarks.markdown import table
 
@@ -25,7 +26,7 @@ def page() -> list[str]:
     ]
     main = Part.read("main")
     if main.has(LORA):
-        parts += [*_main(main), *_per_task(main), *_convergence(main), *further_sections(main)]
+        parts += [*summary(), *_main(main), *_per_task(main), *_convergence(main), *further_sections(main)]
     return parts
 
 

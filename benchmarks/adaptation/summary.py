@@ -1,0 +1,93 @@
+"""The study's questions in one table: what was compared, and whether the runs tell it apart."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmarks.adaptation.analysis import Paired, Part
+from benchmarks.adaptation.sections import LORA, TASKS
+from benchmarks.adaptation.words import signed
+from benchmarks.markdown import table
+
+CERTAIN = 2.0
+"""Standard errors, the larger of both kinds, from which a difference counts."""
+
+FEWEST = 3
+"""Cells that a standard error needs to mean anything."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """Two methods on the same cells."""
+
+    asked: str
+    parts: tuple[str, ...]
+    ours: str
+    theirs: str
+    among: Callable[[Part], Part] = lambda part: part
+    """Which of the parts' lines."""
+
+
+def _foreign(part: Part) -> Part:
+    return part.on(TASKS)
+
+
+def _related(part: Part) -> Part:
+    return part.on(set(part.tasks) - set(TASKS))
+
+
+BEST = "bank + gradient, mean start"
+ABLATED = ("main", "ablation")
+QUESTIONS = (
+    Question(asked="320 examples, foreign tasks", parts=("main",), ours=BEST, theirs=LORA),
+    Question(asked="48 examples", parts=("few-data",), ours=BEST, theirs=LORA),
+    Question(asked="2,000 examples", parts=("more-data",), ours=BEST, theirs=LORA),
+    Question(asked="the published basis", parts=("main",), ours="paper, mean left out", theirs="random"),
+    Question(asked="the bank's directions, foreign tasks", parts=("main",), ours="bank", theirs="random"),
+    Question(asked="the same, related tasks", parts=ABLATED, ours="bank", theirs="random", among=_related),
+    Question(asked="the gradient's directions", parts=("main",), ours="gradient", theirs="random"),
+    Question(
+        asked="the bank beside the gradient, foreign tasks", parts=ABLATED, ours=BEST, theirs="gradient",
+        among=_foreign,
+    ),
+    Question(asked="the same, related tasks", parts=ABLATED, ours=BEST, theirs="gradient", among=_related),
+    Question(asked="a LoRA's start", parts=("main",), ours="LoRA from the bank", theirs=LORA),
+    Question(asked="a vision model", parts=("vision",), ours="bank 8 + gradient 8", theirs="LoRA r=4"),
+    Question(asked="the bank's directions there", parts=("vision",), ours="bank, k=16", theirs="random"),
+    Question(asked="a language model", parts=("language",), ours=BEST, theirs=LORA),
+    Question(asked="the bank beside the gradient there", parts=("language",), ours=BEST, theirs="gradient"),
+)  # fmt: skip
+
+
+def summary() -> list[str]:
+    """A table of those questions that have an answer."""
+    rows = []
+    for question in QUESTIONS:
+        part = question.among(Part.read(*question.parts))
+        if not part.has(question.ours, question.theirs):
+            continue
+        gap = part.difference(question.ours, question.theirs)
+        loss = part.loss_difference(question.ours, question.theirs)
+        compared = f"{question.ours} − {question.theirs}"
+        rows.append([question.asked, compared, str(gap.cells), signed(gap), signed(loss), said(gap, loss)])
+    header = ["", "compared", "cells", "accuracy ± s.e.", "validation loss ± s.e.", ""]
+    return [
+        "## In short",
+        "Differences on the same tasks and seeds; after ± the standard error over the cells, in brackets over the "
+        f"tasks alone. The last column says what is {CERTAIN:g} of the larger one apart.",
+        table(header, rows),
+    ]
+
+
+def said(accuracy: Paired, loss: Paired) -> str:
+    """Which of both measures says more than noise."""
+    found = [
+        _judged(accuracy.mean, accuracy, "accuracy"),
+        _judged(-loss.mean, loss, "loss"),
+    ]
+    return ", ".join(filter(None, found)) or "not told apart"
+
+
+def _judged(gain: float, gap: Paired, measure: str) -> str:
+    if gap.cells < FEWEST or abs(gain) < CERTAIN * max(gap.error, gap.error_over_tasks):
+        return ""
+    return f"better {measure}" if gain > 0 else f"worse {measure}"
