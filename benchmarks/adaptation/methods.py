@@ -39,7 +39,7 @@ class Method:
     """Arguments of ``augment``; without any there are no gradient directions."""
     start: dict[str, Any] = field(default_factory=dict)
     """Arguments of ``init_lora``; or ``nearest``: how many members to start from; or ``components``: in which last
-    share of the steps these are trained too."""
+    share of the steps these are trained too; or ``merged``: where the base model itself starts."""
 
     @property
     def needs_bank(self) -> bool:
@@ -64,6 +64,8 @@ def build(
         if method.start:
             init_lora(model, bank, **method.start)
         return model, _groups(subject, model, method)
+    if "merged" in method.start:
+        base = _merged(subject, base, bank, method.start["merged"])
     model = peft.get_peft_model(base, EigenLoraConfig(bank=bank, **heads, **method.config))
     if method.gradient:
         batches = _batches(subject, split, seed)
@@ -73,6 +75,15 @@ def build(
         best = list(islice(scores, method.start["nearest"]))
         start_at(model, bank, dict.fromkeys(best, method.start["weight"] / len(best)))
     return model, optimizer_groups(model, method.lr, head_lr=method.head_lr)
+
+
+def _merged(subject: Subject, base: nn.Module, bank: Path | None, start: str) -> nn.Module:
+    """The base model with the update merged that a LoRA of rank 8 from the bank starts with."""
+    assert bank is not None
+    model: Any = peft.get_peft_model(base, peft.LoraConfig(target_modules=list(subject.targets), r=8, lora_alpha=16))
+    init_lora(model, bank, start=start)
+    merged: nn.Module = model.merge_and_unload()
+    return merged
 
 
 def _sparse(

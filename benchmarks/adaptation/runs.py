@@ -114,7 +114,7 @@ class Run:
         if self.method.kind == "analytic":
             assert self.sources is not None and bank is not None
             adapter = Source(subject=self.subject, task=self.task, family=self.sources.family).train()
-            model, groups = projected(subject, split, adapter, bank, self.method.config["k"]), []
+            model, groups = projected(subject, split, adapter, bank, **self.method.config), []
         else:
             model, groups = build(self.method, subject, split, bank, seed=self.seed)
         build_seconds = time.process_time() - began

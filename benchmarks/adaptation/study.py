@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from benchmarks.adaptation.inventory import Inventory
 from benchmarks.adaptation.language import TASKS as LANGUAGE_TASKS
 from benchmarks.adaptation.methods import Method
 from benchmarks.adaptation.results import load_results
-from benchmarks.adaptation.runs import Run
+from benchmarks.adaptation.runs import Job, Run
 from benchmarks.adaptation.sources import Recycled, Source
 from benchmarks.adaptation.subjects import SUBJECTS
 from benchmarks.adaptation.texts import HELD_OUT, RELATED, SOURCES
@@ -42,6 +43,8 @@ class Setting:
 TEXTS = Setting(subject="encoder", sources=SOURCES, choosing=("rotten-tomatoes", "intent"), rates=("rates", "appendix"))
 SHORTLY = replace(TEXTS, rates=("short-rates",), steps=48)
 """Six tenths of the steps, with a schedule and rates of their own."""
+FEWER = replace(TEXTS, rates=("few-rates",), examples=48, steps=30)
+"""Few examples, with rates of their own too."""
 CLASSES = tuple("-".join(subset) for subset in SUBSETS)
 VISION = Setting(
     subject="vision", sources=CLASSES, choosing=CLASSES[:2], rates=("vision-rates",), examples=160, steps=40
@@ -84,13 +87,20 @@ RANDOM_GRADIENT = in_bank("random + gradient", k=0, random_directions=16, gradie
 GRADIENT = in_bank("gradient", k=0, gradient=32)
 GRADIENT_16 = in_bank("gradient 16", k=0, gradient=16)
 MIXED_8 = in_bank("bank 8 + gradient 8", k=8, gradient=8)
+MERGED = replace(in_bank("gradient, mean merged", k=0, gradient=32), start={"merged": "mean"})
+"""The members' mean without the bank's directions: it is merged into the base model first."""
 CORE = in_bank("core 22 x 22", k=22, train="core")
 CORE_MEAN = in_bank("core 22 x 22, mean start", k=22, train="core", start="mean")
 FROM_BANK = lora(8, 1.5e-3, "LoRA from the bank", start="mean")
 
+VERA = Method(name="VeRA", kind="VeraConfig", lr=1e-2, config={"r": 256})
+PISSA = Method(name="PiSSA", kind="LoraConfig", lr=5e-4, config={"r": 8, "lora_alpha": 8, "init_lora_weights": "pissa"})
+UNILORA = Method(name="UniLora", kind="UniLoraConfig", lr=1e-2, config={"r": 8, "theta_d_length": 6144})
+PUBLISHED = (VERA, PISSA, UNILORA)
+
 MAIN = (
     HEAD, LORA, lora(1, 4.5e-3), RANDOM, PAPER, PAPER_BASE, BANK, BANK_MEAN, MIXED, MIXED_MEAN, GRADIENT,
-    FROM_BANK, CORE, CORE_MEAN,
+    FROM_BANK, CORE, CORE_MEAN, *PUBLISHED,
 )  # fmt: skip
 SHORT = (MIXED_MEAN, GRADIENT, LORA)
 """With six tenths of the steps."""
@@ -105,9 +115,6 @@ ZERO_SHOT = replace(in_bank("zero-shot", train="head", start="random"), head_lr=
 """At the rate that the head alone wants."""
 APPENDIX = (
     PAPER_MEAN,
-    Method(name="VeRA", kind="VeraConfig", lr=1e-2, config={"r": 256}),
-    Method(name="PiSSA", kind="LoraConfig", lr=5e-4, config={"r": 8, "lora_alpha": 8, "init_lora_weights": "pissa"}),
-    Method(name="UniLora", kind="UniLoraConfig", lr=1e-2, config={"r": 8, "theta_d_length": 6144}),
     in_bank("base-SVD", k=0, base_directions=32),
     in_bank("bank 16 + random 16", k=16, random_directions=16),
     in_bank("bank 16 + base 16", k=16, base_directions=16),
@@ -135,6 +142,13 @@ RANDOM_K = tuple(in_bank(f"random, k={k}", k=0, random_directions=k, r=min(8, k)
 GRADIENT_K = tuple(in_bank(f"gradient, k={k}", k=0, gradient=k, r=min(8, k)) for k in COUNTS)
 IN_VISION = (HEAD, lora(4, 1.5e-3), lora(1, 4.5e-3), in_bank("random", k=0, random_directions=16), *WITH_K, MIXED_8)
 ANALYTIC = Method(name="analytic", kind="analytic", lr=0.0, config={"k": 32})
+PROJECTED = (
+    ANALYTIC,
+    replace(ANALYTIC, name="its own LoRA", config={"k": 32, "on": "everything"}),
+    replace(ANALYTIC, name="on random directions", config={"k": 32, "on": "random"}),
+    replace(ANALYTIC, name="its head alone", config={"k": 32, "on": "nothing"}),
+)
+"""A task's own LoRA, projected on what others share, and what that has to be compared with."""
 IN_LANGUAGE = (LORA, lora(1, 4.5e-3), RANDOM, BANK_MEAN, GRADIENT, MIXED_MEAN)
 
 
@@ -236,6 +250,12 @@ def _ablation() -> Iterator[Run]:
     fresh = [method for method in ABLATION if method not in MAIN]  # the others' foreign tasks are in the main table
     yield from runs("ablation", TEXTS, tuned(TEXTS, fresh), HELD_OUT)
     yield from runs("ablation", TEXTS, tuned(TEXTS, ABLATION), RELATED)
+    yield from runs("ablation", TEXTS, tuned(TEXTS, [MERGED], like=GRADIENT), (*HELD_OUT, *RELATED), ends_only=True)
+
+
+def _appendix() -> Iterator[Run]:
+    for methods, heads in ((APPENDIX, False), (PUBLISHED, True)):  # those of the main table like all others there
+        yield from rates("appendix", TEXTS, _at_common_head_rate(methods), heads=heads, ends_only=True)
 
 
 def _directions() -> Iterator[Run]:
@@ -261,7 +281,13 @@ def _protocol() -> Iterator[Run]:
     for family in ("private", "oneseed"):
         trained = [*tuned(TEXTS, (HEAD, LORA, lora(1, 4.5e-3), BANK)), ZERO_SHOT]
         yield from runs("protocol", TEXTS, trained, PROTOCOL, steps=Source.steps, family=family, **like)
-        yield from runs("protocol", TEXTS, [ANALYTIC], PROTOCOL, steps=0, family=family, **like)
+        yield from runs("protocol", TEXTS, PROJECTED, PROTOCOL, steps=0, family=family, **like)
+
+
+def _banks() -> Iterator[Inventory]:
+    for setting in (TEXTS, VISION, LANGUAGE):
+        bank = Recycled(subject=setting.subject, family="private", tasks=setting.sources)
+        yield Inventory(part="banks", subject=setting.subject, sources=bank)
 
 
 SCALED = ("rotten-tomatoes", "intent", "multiemo-hotels")
@@ -270,8 +296,9 @@ PROTOCOL = ("autos-motorcycles", "graphics-windows", "multiemo-medicine", "multi
 """Sources that play the new task."""
 MANY = tuple(task for task in HELD_OUT if task != "intent")
 """Tasks with 2,000 examples."""
-PARTS: dict[str, Callable[[], Iterator[Run]]] = {
-    "rates": lambda: rates("rates", TEXTS, (*MAIN, *ABLATION)),
+PARTS: dict[str, Callable[[], Iterator[Job]]] = {
+    "rates": lambda: rates("rates", TEXTS, [m for m in (*MAIN, *ABLATION) if m not in PUBLISHED]),
+    "appendix": _appendix,
     "main": lambda: runs("main", TEXTS, tuned(TEXTS, MAIN), HELD_OUT),
     "bytes": lambda: runs("bytes", TEXTS, tuned(TEXTS, JOINING), HELD_OUT, seeds=FIRST, join=(0.1, 0.3)),
     "short-rates": lambda: rates("short-rates", SHORTLY, SHORT),
@@ -280,11 +307,9 @@ PARTS: dict[str, Callable[[], Iterator[Run]]] = {
     "oneseed": lambda: runs(
         "oneseed", TEXTS, tuned(TEXTS, RECYCLING), HELD_OUT, seeds=FIRST, family="oneseed", ends_only=True
     ),
-    "appendix": lambda: rates("appendix", TEXTS, _at_common_head_rate(APPENDIX), heads=False, ends_only=True),
     "directions": _directions,
-    "few-data": lambda: runs(
-        "few-data", TEXTS, tuned(TEXTS, FEW), (*HELD_OUT, *RELATED), seeds=FIRST, examples=48, steps=30
-    ),
+    "few-rates": lambda: rates("few-rates", FEWER, tuned(TEXTS, FEW), ends_only=True),
+    "few-data": lambda: runs("few-data", FEWER, tuned(FEWER, FEW), (*HELD_OUT, *RELATED), ends_only=True),
     "sources": _sources,
     "noise": _noise,
     "protocol": _protocol,
@@ -295,4 +320,5 @@ PARTS: dict[str, Callable[[], Iterator[Run]]] = {
     "more-data": lambda: runs(
         "more-data", TEXTS, tuned(TEXTS, (LORA, GRADIENT, MIXED_MEAN)), MANY, seeds=FIRST, examples=2000, steps=250
     ),
+    "banks": _banks,
 }
