@@ -67,6 +67,11 @@ class Part:
         return found
 
     @property
+    def seeds(self) -> int:
+        """How many there are."""
+        return len({line["seed"] for line in self.lines})
+
+    @property
     def tasks(self) -> list[str]:
         """In the order in which they were run."""
         return list(dict.fromkeys(line["task"] for line in self.lines))
@@ -75,9 +80,13 @@ class Part:
         """One field of a method's results."""
         return {cell: result[field] for cell, result in self.cells.get(method, {}).items() if field in result}
 
+    def final_losses(self, method: str) -> dict[Cell, float]:
+        """Final validation loss of each cell."""
+        return {cell: points[-1][1] for cell, points in self.of(method, "validation").items()}
+
     def final_loss(self, method: str) -> float:
         """Mean final validation loss."""
-        return mean(points[-1][1] for points in self.of(method, "validation").values())
+        return mean(self.final_losses(method).values())
 
     def mean(self, method: str, field: str = "accuracy", task: str | None = None) -> float:
         """Mean over cells, of one task if named."""
@@ -92,13 +101,11 @@ class Part:
 
     def difference(self, method: str, other: str, field: str = "accuracy") -> "Paired":
         """Method minus other over the cells that both have."""
-        ours, theirs = self.of(method, field), self.of(other, field)
-        return paired({cell: ours[cell] - theirs[cell] for cell in ours.keys() & theirs.keys()})
+        return gap(self.of(method, field), self.of(other, field))
 
     def loss_difference(self, method: str, other: str) -> "Paired":
         """As :meth:`difference`, of the final validation losses."""
-        ours, theirs = self.of(method, "validation"), self.of(other, "validation")
-        return paired({cell: ours[cell][-1][1] - theirs[cell][-1][1] for cell in ours.keys() & theirs.keys()})
+        return gap(self.final_losses(method), self.final_losses(other))
 
     def curve(self, method: str, task: str) -> list[tuple[float, float]]:
         """Share of the steps and validation loss, the mean over the seeds."""
@@ -129,6 +136,12 @@ class Paired:
     error_over_tasks: float
     """Standard error over the tasks' means: what says most about a next task."""
     cells: int
+
+
+def gap(ours: Mapping[Cell, float], theirs: Mapping[Cell, float]) -> Paired:
+    """Ours minus theirs over the cells that both have."""
+    # in the order of ours: sums of floats depend on it, and that of a set varies
+    return paired({cell: value - theirs[cell] for cell, value in ours.items() if cell in theirs})
 
 
 def paired(differences: Mapping[Cell, float]) -> Paired:

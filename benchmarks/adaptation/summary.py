@@ -27,35 +27,48 @@ class Question:
     """Which of the parts' lines."""
 
 
-def _foreign(part: Part) -> Part:
+def _outside(part: Part) -> Part:
     return part.on(TASKS)
+
+
+def _of_a_kind(part: Part) -> Part:
+    return part.on(OF_A_KIND)
+
+
+def _of_no_kind(part: Part) -> Part:
+    return part.on(TASKS.keys() - OF_A_KIND)
 
 
 def _related(part: Part) -> Part:
     return part.on(set(part.tasks) - set(TASKS))
 
 
-BEST = "bank + gradient, mean start"
+RECIPE = "bank + gradient, mean start"
+"""The documented default."""
+OF_A_KIND = {"reuters-r8", "rotten-tomatoes"}
+"""Topics of news and sentiment of reviews, as in some sources."""
 ABLATED = ("main", "ablation")
 QUESTIONS = (
-    Question(asked="320 examples, foreign tasks", parts=("main",), ours=BEST, theirs=LORA),
-    Question(asked="48 examples", parts=("few-data",), ours=BEST, theirs=LORA),
-    Question(asked="2,000 examples", parts=("more-data",), ours=BEST, theirs=LORA),
-    Question(asked="the published basis", parts=("main",), ours="paper, mean left out", theirs="random"),
-    Question(asked="the bank's directions, foreign tasks", parts=("main",), ours="bank", theirs="random"),
+    Question(asked="320 examples, tasks outside the bank", parts=("main",), ours=RECIPE, theirs=LORA),
+    Question(asked="two of them, of a kind with sources", parts=("main",), ours=RECIPE, theirs=LORA, among=_of_a_kind),
+    Question(asked="the other four", parts=("main",), ours=RECIPE, theirs=LORA, among=_of_no_kind),
+    Question(asked="48 examples, tasks outside", parts=("few-data",), ours=RECIPE, theirs=LORA, among=_outside),
+    Question(asked="the same", parts=("few-data",), ours=RECIPE, theirs="head", among=_outside),
+    Question(asked="48 examples, related tasks", parts=("few-data",), ours=RECIPE, theirs=LORA, among=_related),
+    Question(asked="the same", parts=("few-data",), ours=RECIPE, theirs="head", among=_related),
+    Question(asked="2,000 examples, tasks outside", parts=("more-data",), ours=RECIPE, theirs=LORA),
+    Question(asked="the gradient's directions, without a bank", parts=("main",), ours="gradient", theirs=LORA),
+    Question(asked="the same", parts=("main",), ours="gradient", theirs="random"),
+    Question(asked="the bank's directions", parts=("main",), ours="bank", theirs="random"),
     Question(asked="the same, related tasks", parts=ABLATED, ours="bank", theirs="random", among=_related),
-    Question(asked="the gradient's directions", parts=("main",), ours="gradient", theirs="random"),
-    Question(
-        asked="the bank beside the gradient, foreign tasks", parts=ABLATED, ours=BEST, theirs="gradient",
-        among=_foreign,
-    ),
-    Question(asked="the same, related tasks", parts=ABLATED, ours=BEST, theirs="gradient", among=_related),
-    Question(asked="a LoRA's start", parts=("main",), ours="LoRA from the bank", theirs=LORA),
+    Question(asked="the published basis", parts=("main",), ours="paper, mean left out", theirs="random"),
+    Question(asked="the members' mean as the start", parts=("main",), ours=RECIPE, theirs="bank + gradient"),
+    Question(asked="the same, for a LoRA", parts=("main",), ours="LoRA from the bank", theirs=LORA),
     Question(asked="a vision model", parts=("vision",), ours="bank 8 + gradient 8", theirs="LoRA r=4"),
     Question(asked="the bank's directions there", parts=("vision",), ours="bank, k=16", theirs="random"),
-    Question(asked="a language model", parts=("language",), ours=BEST, theirs=LORA),
-    Question(asked="the bank beside the gradient there", parts=("language",), ours=BEST, theirs="gradient"),
-)  # fmt: skip
+    Question(asked="a language model", parts=("language",), ours=RECIPE, theirs=LORA),
+    Question(asked="the same", parts=("language",), ours=RECIPE, theirs="gradient"),
+)
 
 
 def summary() -> list[str]:
@@ -73,7 +86,8 @@ def summary() -> list[str]:
     return [
         "## In short",
         "Differences on the same tasks and seeds; after ± the standard error over the cells, in brackets over the "
-        f"tasks alone. The last column says what is {CERTAIN:g} of the larger one apart.",
+        "tasks alone. The last column names what differs by at least two standard errors, the larger of both; among so "
+        "many questions, one such answer is to be expected by chance.",
         table(header, rows),
     ]
 

@@ -1,7 +1,7 @@
 """How the study's figures are written."""
 
 from collections.abc import Mapping, Sequence
-from statistics import mean, median, stdev
+from statistics import mean, median_high, stdev
 
 from benchmarks.adaptation.analysis import Cell, Paired
 
@@ -17,10 +17,10 @@ def percent(share: float | None) -> str:
 
 
 def told(shares: Sequence[float | None]) -> str:
-    """The median, counting what was never reached as more than all."""
-    value = median(2.0 if share is None else share for share in shares)
+    """After which share more than half of them had got there, and how many never did."""
+    value = median_high(float("inf") if share is None else share for share in shares)
     missed = sum(share is None for share in shares)
-    return percent(None if value >= 1.5 else value) + (f" ({missed} never)" if missed else "")
+    return percent(None if value == float("inf") else value) + (f" ({missed} never)" if missed else "")
 
 
 def kilobytes(count: float) -> str:

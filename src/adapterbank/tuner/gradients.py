@@ -45,7 +45,7 @@ def augment(
     nothing.
 
     Args:
-        model: A PEFT model with an adapter that starts as the base model.
+        model: A PEFT model with an adapter that is not trained yet.
         batches: Of a dataloader: mappings that the model takes, or whatever ``loss`` takes.
         count: Directions a side to add.
         adapter_name: Which adapter.
