@@ -13,7 +13,6 @@ from benchmarks.markdown import table
 BRIEF = ("gradient", LORA, "LoRA from the bank", "LoRA r=1", "bank", "paper, mean left out", "random", "head")
 OURS = (
     "bank", "bank, mean start", "bank + gradient", "bank + gradient, mean start", "gradient", "core 22 x 22",
-    "core 22 x 22, mean start",
 )  # fmt: skip
 
 
