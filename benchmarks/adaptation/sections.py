@@ -252,8 +252,8 @@ def _vision() -> list[str]:
         "## A vision model, classes left out in turn",
         f"A DINOv2-small-shaped ViT at 56 pixels on five pairs of CIFAR-10's classes, 160 examples, 40 steps, "
         f"{part.seeds} seeds, rates chosen on the first two; the bank holds the adapters of the other four. "
-        f"{bank_told('vision', 'all five')} The paper's aligned setting (table 1) is ViT-B on CIFAR-100, Food-101 and Flowers-102; on CIFAR-100 it reports "
-        "93.79 for LoRA r=4, 92.45 for r=1 and 94.8 for K = 2.",
+        f"{bank_told('vision', 'all five')} The paper's aligned setting (table 1) is ViT-B on CIFAR-100, Food-101 and "
+        "Flowers-102; on CIFAR-100 it reports 93.79 for LoRA r=4, 92.45 for r=1 and 94.8 for K = 2.",
         _compared(part, "LoRA r=4"),
     ]
 
