@@ -22,7 +22,7 @@ BEGIN, END = "<!-- made by python -m benchmarks.tables -->", "<!-- end -->"
 Result = dict[str, Any]
 
 RATE_DISTORTION = (
-    "real-private", "real-oneseed", "planted60", "planted20", "same-init", "nothing-shared",
+    "real-private", "real-oneseed", "planted60", "same-init", "nothing-shared",
     "gauge-balanced", "gauge-orthogonal", "gauge-scale", "gauge-random",
 )  # fmt: skip
 README_RATIOS = (7.5, 15, 30)

@@ -108,7 +108,8 @@ def train_sparse(
 ) -> None:
     """Train a sparse adapter and a task head; grad and snip choose the weights by the task's first batches.
 
-    FILE is as for adapterbank train. Adapters of different parts or offsets don't share a weight, or only the diagonal.
+    FILE is as for adapterbank train. Adapters of different parts of wm share no weight, those of different offsets of
+    struct only the diagonal.
 
     Example: adapterbank shira train --model org/base --data train.jsonl --task seq-cls -o law
     """
