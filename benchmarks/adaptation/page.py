@@ -71,14 +71,13 @@ def _main(main: Part) -> list[str]:
                 f"{main.mean(name, 'trained'):,.0f}",
                 f"{_fitted(main, name):,.0f}",
                 kilobytes(main.mean(name, "stored_bytes")),
-                f"{_step_share(main, name):.2f}",
                 str(round(_steps_before(main, name))),
                 rates(*main.rates[name]),
             ]
         )
     header = [
         "", "accuracy ± over seeds", "minus LoRA r=8 ± s.e.", "validation loss", "test loss", "trained", "fixed",
-        "stored", "step, of LoRA's", "before, in steps", "rate, head's",
+        "stored", "before, in steps", "rate, head's",
     ]  # fmt: skip
     cells = len(main.cells[LORA])
     seeds = ", ".join(map(str, sorted({seed for _, seed in main.cells[LORA]})))
@@ -90,7 +89,8 @@ def _main(main: Part) -> list[str]:
         "stands the standard error of the paired difference over the cells, and in brackets over the tasks alone. "
         "*Fixed* counts the values of directions that were fitted to the task before training, which stay as they are "
         "and are stored at 4 bits; all other values at 32. *Before* is what choosing directions costs before training "
-        "beyond LoRA's own start, in its steps' CPU time. Memory in training is measured [elsewhere](training.md).",
+        "beyond LoRA's own start, in its steps' CPU time. Time of a step and memory are measured "
+        "[elsewhere](training.md), in turns.",
         table(header, rows),
         "![Accuracy by method](../pictures/adaptation-accuracy.svg)",
         verdict(main),
@@ -194,9 +194,3 @@ def _steps_before(part: Part, name: str) -> float:
     """CPU time of building the model beyond what LoRA takes, in LoRA's steps, the median over cells."""
     ours, theirs, step = part.of(name, "build_seconds"), part.of(LORA, "build_seconds"), part.of(LORA, "step_seconds")
     return median((ours[cell] - theirs[cell]) / step[cell] for cell in ours.keys() & theirs.keys())
-
-
-def _step_share(part: Part, name: str) -> float:
-    """CPU time of a step over LoRA's on the same task and seed, the median over cells."""
-    ours, theirs = part.of(name, "step_seconds"), part.of(LORA, "step_seconds")
-    return median(ours[cell] / theirs[cell] for cell in ours.keys() & theirs.keys())
