@@ -64,6 +64,8 @@ QUESTIONS = (
     Question(asked="the published basis", parts=("main",), ours="paper, mean left out", theirs="random"),
     Question(asked="the members' mean as the start", parts=("main",), ours=RECIPE, theirs="bank + gradient"),
     Question(asked="the same, for a LoRA", parts=("main",), ours="LoRA from the bank", theirs=LORA),
+    Question(asked="a twelfth of a LoRA's bytes", parts=("main",), ours="core 22 x 22", theirs=LORA),
+    Question(asked="the same, against random projections", parts=("main",), ours="core 22 x 22", theirs="UniLora"),
     Question(asked="a vision model", parts=("vision",), ours="bank 8 + gradient 8", theirs="LoRA r=4"),
     Question(asked="the bank's directions there", parts=("vision",), ours="bank, k=16", theirs="random"),
     Question(asked="a language model", parts=("language",), ours=RECIPE, theirs=LORA),
