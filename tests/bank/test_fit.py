@@ -320,3 +320,21 @@ def test_members_cost_at_most_40_bytes_of_metadata_a_module(planted, tmp_path):
     # nothing worth coding is left at this error: what remains is metadata, the file's header and the index's line
     bank = Bank.fit(planted, max_error=0.999)
     assert max(bank[name].bytes - 84 for name in bank.names) <= 40 * 4
+
+
+def test_of_two_bases_that_the_model_cannot_tell_apart_the_better_bank_is_kept(tmp_path, monkeypatch):
+    adapters = make_family(tmp_path, n=20, rank=8, hidden=256, layers=1, shared_rank=24, noise=0.2)
+    ratios, errors = (40.0, 50.0, 60.0), (0.5, 0.75, 0.85)
+
+    def measured():
+        return (
+            [Bank.fit(adapters, ratio=ratio).summary()["error"] for ratio in ratios],
+            [Bank.fit(adapters, max_error=error).bytes for error in errors],
+        )
+
+    kept = measured()
+    monkeypatch.setattr(fit, "_rival", lambda *_: None)
+    first = measured()
+    for ours, alone in zip(kept, first, strict=True):
+        assert all(a <= b for a, b in zip(ours, alone, strict=True))
+    assert kept[0][1] < 0.95 * first[0][1]  # there are two at this ratio

@@ -1,6 +1,7 @@
 """From a family of adapters to the files of a bank, at the bytes or the error asked for."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,20 @@ from adapterbank.bank.plain_fit import fit_plain
 from adapterbank.bank.settings import FitSettings
 from adapterbank.bank.statistics import Directions, even_sample, find_directions, measure
 from adapterbank.bank.writing import HEADER_BYTES, bank_bytes, fixed_bytes, write_bank
-from adapterbank.codec.allocate import Allocation, ModuleStatistics, allocate
+from adapterbank.codec.allocate import Allocation, ModuleStatistics, allocations
 from adapterbank.codec.entropy import Writer
 from adapterbank.codec.predictive import coefficient_profile, encode_side_basis
 from adapterbank.errors import BankError
 
+Sizes = tuple[tuple[int, int], ...]
+"""Shared directions ``(k_in, k_out)`` of each module."""
 BYTES_TOLERANCE = 0.01
 """A bank may be so much smaller than asked before the fit tries again."""
 BYTES_TRIES = 8
+NEAR = 1.1
+"""Bases that are at most so much worse by the model than the best one may be better in truth."""
+APART = 0.25
+"""What makes another basis worth a try: it has so many fewer or more directions, as a share of the larger one."""
 SIZE_ADAPTERS = 16
 """Adapters that are coded to predict the bytes of all, in families of more than twice as many."""
 
@@ -53,9 +60,7 @@ def fit_bank(
     room = settings.bytes(sum(family.values(i) for i in range(len(family.adapters))))
     if room is not None:
         return fit.within(room)
-    error = settings.error or 1.0
-    # aim below: each member is then brought up to the promise by itself
-    return fit.write(fit.allocation(error=0.98 * error), error)
+    return fit.at(settings.error or 1.0)
 
 
 class _PredictiveFit:
@@ -76,15 +81,11 @@ class _PredictiveFit:
         self.statistics: list[ModuleStatistics]
         self.statistics, self.sampled = measure(family, self.directions, progress)
 
-    def allocation(
-        self,
-        *,
-        bits: float | None = None,
-        error: float | None = None,
-        sizes: tuple[tuple[int, int], ...] | None = None,
-    ) -> Allocation:
-        """See ``codec.allocate``."""
-        return allocate(
+    def allocations(
+        self, *, bits: float | None = None, error: float | None = None, sizes: Sizes | None = None
+    ) -> list[Allocation]:
+        """See ``codec.allocate.allocations``."""
+        return allocations(
             self.statistics,
             adapters=len(self.family.adapters),
             sampled=self.sampled,
@@ -94,8 +95,17 @@ class _PredictiveFit:
             sizes=sizes,
         )
 
+    def at(self, error: float) -> BankIndex:
+        """The smallest bank that keeps this error."""
+        # aim below: each member is then brought up to the promise by itself
+        found = self.allocations(error=0.98 * error)
+        best, other = found[0], _rival(found, lambda allocation: allocation.bits)
+        if other is not None:
+            best = min(best, other, key=lambda a: self._sampled_bytes(a, SIZE_ADAPTERS, max_error=error))
+        return self.write(best, error)
+
     def within(self, room: int) -> BankIndex:
-        """The best bank of at most ``room`` bytes: code, compare with what it really took, code again.
+        """The best bank of at most ``room`` bytes.
 
         Raises:
             BankError: If there is none.
@@ -106,16 +116,25 @@ class _PredictiveFit:
                 f"{room} bytes can't hold this bank: its index alone takes about {fixed}; ask for more bytes, or fewer "
                 "adapters"
             )
-        aim, sizes, best, n = float(room - fixed), None, None, len(self.family.adapters)
+        other = _rival(self.allocations(bits=8.0 * (room - fixed)), lambda allocation: allocation.error)
+        banks = [self._within(room, fixed), None if other is None else self._within(room, fixed, other.sizes)]
+        found = [index for index in banks if index is not None]
+        if not found:
+            raise BankError(f"no bank of at most {room} bytes was found; ask for a lower ratio or a larger budget")
+        return min(found, key=_mean_square_error)
+
+    def _within(self, room: int, fixed: int, sizes: Sizes | None = None) -> BankIndex | None:
+        """Code, compare with the bytes that it really took, code again; with bases of these sizes, or the best ones."""
+        given, aim, best, n = sizes, float(room - fixed), None, len(self.family.adapters)
         tried: list[tuple[float, float]] = []
         # tries in which a few adapters tell about all
         previews = 2 if n > 2 * SIZE_ADAPTERS else int(n > SIZE_ADAPTERS // 2)
         for attempt in range(BYTES_TRIES):
             # once the model's bytes are put right, the basis stays: choosing again would move the target
-            allocation = self.allocation(bits=8 * aim, sizes=sizes)
-            sizes = allocation.sizes if attempt else None
+            allocation = self.allocations(bits=8 * aim, sizes=sizes)[0]
+            sizes = allocation.sizes if attempt else given
             if attempt < previews:
-                size = fixed + self._sampled_bytes(allocation)
+                size = fixed + self._sampled_bytes(allocation, min(SIZE_ADAPTERS, max(n // 4, 2)))
             else:
                 index = self.write(allocation, None)
                 size = bank_bytes(index)
@@ -127,8 +146,6 @@ class _PredictiveFit:
             if attempt >= max(previews, 1):  # the first try had other sizes, and a preview is no measurement
                 tried.append((math.log(aim), math.log(max(size - fixed, 1) / (room - fixed))))
             aim = _next_aim(tried) if tried else aim * min(max((room - fixed) / max(size - fixed, 1), 0.2), 5.0)
-        if best is None:
-            raise BankError(f"no bank of at most {room} bytes was found; ask for a lower ratio or a larger budget")
         return best
 
     def write(self, allocation: Allocation, max_error: float | None) -> BankIndex:
@@ -151,13 +168,28 @@ class _PredictiveFit:
                 encode_side_basis(writer, rows[:k], weight[:k] * share, profile, allocation.slope)
         return pack(writer.finish(), np.zeros(0, dtype=np.uint8))
 
-    def _sampled_bytes(self, allocation: Allocation) -> int:
+    def _sampled_bytes(self, allocation: Allocation, most: int, *, max_error: float | None = None) -> int:
         """Bytes of basis and members without file headers, the latter estimated from a few."""
         basis = self._basis(allocation)
-        coder = self._coder(basis, allocation.slope, None)
+        coder = self._coder(basis, allocation.slope, max_error)
         n = len(self.family.adapters)
-        sample = even_sample(self.family.names(), min(SIZE_ADAPTERS, max(n // 4, 2)))
+        sample = even_sample(self.family.names(), min(n, most))
         return int(basis.numel()) + sum(coder.code(i).entry.bytes - HEADER_BYTES for i in sample) * n // len(sample)
+
+
+def _rival(found: list[Allocation], cost: Callable[[Allocation], float]) -> Allocation | None:
+    """The next best allocation that shares much less or much more than the best, if the model can't tell them apart."""
+    best, *others = found
+    counts = {id(allocation): sum(map(sum, allocation.sizes)) for allocation in found}
+    for other in others:
+        less, more = sorted((counts[id(best)], counts[id(other)]))
+        if more - less > APART * more:
+            return other if cost(other) <= NEAR * cost(best) else None
+    return None
+
+
+def _mean_square_error(index: BankIndex) -> float:
+    return sum(member.error**2 for member in index.members.values()) / len(index.members)
 
 
 def _next_aim(tried: list[tuple[float, float]]) -> float:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -63,7 +64,12 @@ class Allocation:
     """Expected root mean square of the adapters' relative errors."""
 
 
-def allocate(
+def allocate(modules: list[ModuleStatistics], *, adapters: int, **target: Any) -> Allocation:
+    """The best of :func:`allocations`."""
+    return allocations(modules, adapters=adapters, **target)[0]
+
+
+def allocations(
     modules: list[ModuleStatistics],
     *,
     adapters: int,
@@ -72,8 +78,11 @@ def allocate(
     error: float | None = None,
     fixed_k: int | None = None,
     sizes: tuple[tuple[int, int], ...] | None = None,
-) -> Allocation:
+) -> list[Allocation]:
     """Find the slope at which the expected bits, or the expected error, meets the target.
+
+    Several bases may meet it; those that were looked at come best first. By the model, that is: where two are close,
+    only coding them tells which is better.
 
     Args:
         modules: Statistics of every module.
@@ -101,7 +110,7 @@ def allocate(
         return model.evaluate(2.0 ** _root(excess, guess), choice)
 
     if sizes is not None or fixed_k is not None:
-        return at_target(model.fixed(sizes or ((int(fixed_k or 0),) * 2,) * len(modules)), -20.0)
+        return [at_target(model.fixed(sizes or ((int(fixed_k or 0),) * 2,) * len(modules)), -20.0)]
     found: list[Allocation] = []
     for choice in (model.private(), model.largest()):
         # sizes follow the slope and the slope follows the sizes; where sharing begins to pay, both ends are stable
@@ -110,7 +119,7 @@ def allocate(
             choice, before = model.choose(found[-1].slope), choice
             if (choice == before).all():
                 break
-    return min(found, key=lambda a: a.error if bits is not None else a.bits)
+    return sorted(found, key=lambda a: a.error if bits is not None else a.bits)
 
 
 def _root(excess: Callable[[float], float], guess: float) -> float:
