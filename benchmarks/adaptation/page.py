@@ -10,7 +10,10 @@ from benchmarks.adaptation.summary import summary
 from benchmarks.adaptation.words import kilobytes, percent, rates, signed, told
 from benchmarks.markdown import table
 
-BRIEF = ("gradient", LORA, "LoRA from the bank", "LoRA r=1", "bank", "paper, mean left out", "random", "head")
+BRIEF = (
+    "gradient", "core 22 x 22", LORA, "LoRA from the bank", "LoRA r=1", "UniLora", "bank", "paper, mean left out",
+    "random", "head",
+)  # fmt: skip
 OURS = (
     "bank", "bank, mean start", "bank + gradient", "bank + gradient, mean start", "gradient", "core 22 x 22",
 )  # fmt: skip
@@ -40,15 +43,16 @@ def brief() -> list[str]:
         [
             f"**{name}**" if name == best else name, f"{main.mean(name, 'trained'):,.0f}", f"{main.mean(name):.3f}",
             "" if name == LORA else signed(main.difference(name, LORA)), f"{main.final_loss(name):.3f}",
+            kilobytes(main.mean(name, "stored_bytes")),
         ]
         for name in dict.fromkeys((best, *BRIEF))
     ]  # fmt: skip
     return [
         f"A new task from 320 examples, {len(main.tasks)} text tasks outside the bank, 3 seeds, each method at its "
         "own learning rates ([the study](docs/benchmarks/adaptation.md)). *Gradient* is a basis of the task's own "
-        "gradient, without any bank; its directions are stored with the task, so fewer trained values are not fewer "
-        "bytes:",
-        table(["", "trained values", "accuracy", "minus LoRA r=8 ± s.e.", "validation loss"], rows),
+        "gradient, without any bank, and is stored with the task; a *core* is one small matrix between the bank's "
+        "directions:",
+        table(["", "trained values", "accuracy", "minus LoRA r=8 ± s.e.", "validation loss", "stored"], rows),
     ]
 
 
@@ -128,13 +132,8 @@ def _in_fewer_steps(main: Part) -> list[str]:
         )
         rows.append([name, f"{short.final_loss(name):.3f}", *map(signed, gaps), f"{100 * cost:.0f} %"])
     header = [
-        "",
-        "validation loss",
-        "minus LoRA's ± s.e.",
-        "test loss minus LoRA's",
-        "accuracy minus LoRA's",
-        "CPU time",
-    ]
+        "", "validation loss", "minus LoRA's ± s.e.", "test loss minus LoRA's", "accuracy minus LoRA's", "CPU time",
+    ]  # fmt: skip
     return [
         f"## In {100 * short.steps / main.steps:.0f} % of the steps",
         "Every schedule ends at a rate of zero, and much of the loss goes down only there. So these were trained again "
