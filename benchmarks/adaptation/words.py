@@ -24,8 +24,8 @@ def told(shares: Sequence[float | None]) -> str:
 
 
 def kilobytes(count: float) -> str:
-    """``12 kB``."""
-    return f"{count / 1e3:.0f} kB"
+    """``12 kB``, ``3.4 kB``."""
+    return f"{count / 1e3:.{1 if 0 < count < 9950 else 0}f} kB"
 
 
 def rates(lr: float, head_lr: float) -> str:
