@@ -59,6 +59,20 @@ def test_json_holds_the_whole_result(object_of, words, tmp_path):
     assert found["after"] == found["epochs"][-1] and found["before"] != found["after"]
 
 
+def test_a_core_is_one_matrix_a_module_and_joins_the_bank_in_few_bytes(object_of, words, home, tmp_path):
+    found = object_of(*words, "--core")
+    assert found["trained"] - found["head"] == 4 * 8 * 8
+    bank = Bank.load(home / "bank")
+    bank.add({"core": tmp_path / "out"}, max_error=0.1)
+    assert bank["core"].task.k == 8 and bank["core"].error <= 0.1
+
+
+def test_a_core_takes_all_directions_of_a_small_bank(object_of, words):
+    at = words.index("-k")
+    found = object_of(*words[:at], *words[at + 2 :], "--core")
+    assert found["trained"] - found["head"] == 4 * 20 * 20  # 5 members of rank 4
+
+
 def test_resume_continues_an_interrupted_training(run, object_of, words, home, tmp_path, monkeypatch):
     from adapterbank.training import trainer
 
@@ -78,6 +92,10 @@ def test_resume_continues_an_interrupted_training(run, object_of, words, home, t
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("adapter_config.json", "adapter_model.safetensors", "labels.json")
     }
+
+
+def test_a_core_takes_no_directions_of_the_gradient(refused, words):
+    assert "leave them out, or train coefficients" in refused(*words, "--core", "--gradient-directions", 4)
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(refused, words, home, tmp_path):

@@ -10,7 +10,7 @@ from peft import get_peft_model
 
 from adapterbank.adapters.names import base_model_id
 from adapterbank.bank import Bank
-from adapterbank.errors import BankError
+from adapterbank.errors import AdapterBankError, BankError
 from adapterbank.training.examples import TASKS
 from adapterbank.training.loop import TaskResult, train
 from adapterbank.training.method import Method, Settings, Tell
@@ -21,6 +21,10 @@ from adapterbank.tuner.optimizer import COEFFICIENT_LR, HEAD_LR
 
 DIRECTIONS = 16
 """Of the bank and of the gradient by default: together what did best in ``docs/benchmarks/adaptation.md``."""
+CORE_DIRECTIONS = 22
+"""Of the bank for a core, which then has as many values as coefficients of rank 8 on 32 directions."""
+CORE_LR = 3e-2
+"""What a core wanted there, three times the rate of coefficients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +47,36 @@ class TaskSettings(Settings):
     """Directions of the task's own gradient beside the bank's, see ``adapterbank.tuner.augment``; by default 16, none
     in a flat bank."""
 
+    train: str = "coefficients"
+    """See ``EigenLoraConfig``."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_least(gradient_directions=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoreSettings(TaskSettings):
+    """How one core between the bank's directions is trained: what took the fewest bytes in the study.
+
+    Raises:
+        AdapterBankError: If a value is out of range, or directions of the gradient are asked for.
+    """
+
+    k: int | None = None
+    """By default 22, or as many as there are."""
+    start: str = "base"
+    lr: float = CORE_LR
+    gradient_directions: int | None = 0
+    train: str = "core"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gradient_directions:
+            raise AdapterBankError(
+                f"gradient_directions={self.gradient_directions}: a core lies between the bank's directions; leave them "
+                "out, or train coefficients"
+            )
 
 
 def train_task(
@@ -82,13 +113,13 @@ def train_task(
 
 def _in_full(settings: TaskSettings, bank: Bank) -> TaskSettings:
     """With the defaults that depend on the bank."""
-    k, gradient = settings.k, settings.gradient_directions
+    k, gradient, is_core = settings.k, settings.gradient_directions, settings.train == "core"
     if gradient is None:
         gradient = 0 if bank.index.method == "flat" else DIRECTIONS
-    if k is None and gradient:
+    if k is None and (gradient or is_core):
+        k = CORE_DIRECTIONS if is_core else DIRECTIONS
         try:
-            bank.basis(DIRECTIONS)
-            k = DIRECTIONS
+            bank.basis(k)
         except BankError:
             k = None  # a small bank: all there are
     return replace(settings, k=k, gradient_directions=gradient)
@@ -106,6 +137,7 @@ class _InBank(Method):
             r=self.settings.r,
             k=self.settings.k,
             start=self.settings.start,
+            train=self.settings.train,
             task_type=TASKS[self.settings.task],
             modules_to_save=base.heads or None,
             # augment brings them, or the checkpoint
