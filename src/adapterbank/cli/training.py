@@ -59,14 +59,12 @@ def train(
     start: Annotated[
         str | None,
         typer.Option(
-            help="Where training starts: mean of the members, base, random, member:NAME. By default mean, of a core base."
+            help="Where it starts: mean of the members, base, random, member:NAME. By default mean, with --core base."
         ),
     ] = None,
     core: Annotated[
         bool,
-        typer.Option(
-            "--core", help="One small matrix between 22 of the bank's directions: the fewest bytes. Rate 0.03."
-        ),
+        typer.Option("--core", help="One matrix between 22 of the bank's directions: fewest bytes. LR is 0.03 then."),
     ] = False,
     max_tokens: MaxTokens = 256,
     seed: Annotated[int, typer.Option(help="Of the head, the coefficients and the order of the data.")] = 0,

@@ -74,8 +74,8 @@ class CoreSettings(TaskSettings):
         super().__post_init__()
         if self.gradient_directions:
             raise AdapterBankError(
-                f"gradient_directions={self.gradient_directions}: a core lies between the bank's directions; leave them "
-                "out, or train coefficients"
+                f"gradient_directions={self.gradient_directions}: a core lies between the bank's directions; leave them"
+                " out, or train coefficients"
             )
 
 
