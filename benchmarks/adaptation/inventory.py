@@ -1,12 +1,14 @@
-"""What a bank of the study holds, and in how many bytes."""
+"""What a bank of the study holds, in how many bytes, and how much its members share."""
 
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from adapterbank.adapters import LoraAdapter
 from adapterbank.bank import Bank
 from benchmarks.adaptation.runs import key_of
-from benchmarks.adaptation.sources import Recycled
+from benchmarks.adaptation.sources import Recycled, untrained
+from benchmarks.adaptation.spectrum import spectrum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +25,16 @@ class Inventory:
         return key_of(asdict(self))
 
     def execute(self) -> dict[str, Any]:
-        """Members, bytes and the error of the members."""
+        """Members, bytes, the error of the members, and their spectrum beside one of untrained adapters."""
         start = time.process_time()
         held = Bank.load(self.sources.bank()).summary()
-        kept = {name: held[name] for name in ("adapters", "bytes", "source_bytes", "error")}
-        return {**kept, "cpu_seconds": time.process_time() - start}
+        adapters = [LoraAdapter.load(source.train()) for source in self.sources.sources]
+        return {
+            **{name: held[name] for name in ("adapters", "bytes", "source_bytes", "error")},
+            "spectrum": spectrum(adapters),
+            "untrained": spectrum(untrained(adapters, len(adapters))),
+            "cpu_seconds": time.process_time() - start,
+        }
 
     def told(self, result: dict[str, Any]) -> str:
         """See ``Job``."""

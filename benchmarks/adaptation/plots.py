@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.adaptation.analysis import Part
 from benchmarks.adaptation.page import OURS, best_variant
-from benchmarks.adaptation.sections import KINDS, LORA, TASKS
+from benchmarks.adaptation.sections import KINDS, LORA, TASKS, spectra
 from benchmarks.pictures import BANK, GRID, INK, MUTED
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ def draw(folder: Path) -> None:
         _accuracies(main, folder / "adaptation-accuracy.svg")
     if all(Part.read(name).lines for name in BASES):
         _bases(folder / "adaptation-basis.svg")
+    if spectra():
+        _spectra(folder / "adaptation-spectrum.svg")
 
 
 def _convergence(main: Part, path: Path) -> None:
@@ -100,6 +102,29 @@ def _bases(path: Path) -> None:
             axis.plot(*zip(*sorted(found.items()), strict=True), "o", color=color, linestyle=dashes, label=kind)
     axes["directions"].set_ylabel("validation loss", color=INK, fontsize=9)
     axes["directions"].legend(frameon=False, fontsize=9)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _spectra(path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes = dict(zip(("in", "out"), figure.subplots(1, 2, sharey=True), strict=True))
+    for side, axis in axes.items():
+        frame(axis)
+        axis.set_title({"in": "input side", "out": "output side"}[side], loc="left", color=INK, fontsize=10)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("directions", color=INK, fontsize=9)
+        for (name, found), color, dashes in zip(
+            spectra().items(), (BANK, "#7c3aed", MUTED), ("-", (0, (4, 1, 1, 1)), (0, (1, 2))), strict=True
+        ):
+            axis.plot(found["directions"], found[side]["mean"], color=color, linestyle=dashes, label=name)
+            axis.fill_between(
+                found["directions"], found[side]["low"], found[side]["high"], color=color, alpha=0.12, linewidth=0
+            )
+        axis.set_xticks(found["directions"], map(str, found["directions"]))
+    axes["in"].set_ylabel("share of energy; bands: over the layers", color=INK, fontsize=9)
+    axes["in"].legend(frameon=False, fontsize=9)
     figure.savefig(path, metadata={"Date": None})
 
 

@@ -1,6 +1,7 @@
 """The page's further sections: what decides, and what was not in the papers."""
 
 from statistics import mean
+from typing import Any
 
 from benchmarks.adaptation.analysis import Part
 from benchmarks.adaptation.results import load_results
@@ -12,6 +13,7 @@ TASKS = {
     "reuters-r8": "R8", "tweets": "tweets", "rotten-tomatoes": "rt", "spam": "spam", "intent": "intent",
     "fever": "fever",
 }  # fmt: skip
+FAMILIES = {"private": "private seeds", "oneseed": "one seed"}
 KINDS = ("bank", "random", "gradient")
 """Of directions."""
 HEAD_RATES = (3.33e-3, 1e-2, 3e-2)
@@ -23,6 +25,7 @@ def further_sections(main: Part) -> list[str]:
     return [
         *_bytes(),
         *_ablation(),
+        *_shared(),
         *_one_seed(main),
         *_amounts(),
         *_directions(),
@@ -37,7 +40,7 @@ def further_sections(main: Part) -> list[str]:
 def bank_told(subject: str, of: str = "all sources") -> str:
     """How large the bank is."""
     for line in load_results("banks").values():
-        if line["subject"] == subject:
+        if line["subject"] == subject and line["sources"]["family"] == "private":
             held = line["result"]
             return (
                 f"The bank of {of} holds {held['adapters']} adapters in {kilobytes(held['bytes'])}, with a relative "
@@ -109,6 +112,33 @@ def _ablation() -> list[str]:
         table(["", "trained", *header], rows),
         "What the bank gives, taken apart:",
         table(["", "compared", *header], shares),
+    ]
+
+
+def spectra() -> dict[str, dict[str, Any]]:
+    """Spectra of the text tasks' source adapters by family, and of untrained ones."""
+    lines = [line for line in load_results("banks").values() if line["subject"] == "encoder"]
+    found = {FAMILIES[line["sources"]["family"]]: line["result"]["spectrum"] for line in lines}
+    return {**found, "untrained": lines[0]["result"]["untrained"]} if lines else {}
+
+
+def _shared() -> list[str]:
+    found = spectra()
+    if not found:
+        return []
+    counts = next(iter(found.values()))["directions"]
+    rows = [
+        [name, side, *(f"{share:.2f}" for share in spectrum[side]["mean"])]
+        for name, spectrum in found.items()
+        for side in ("in", "out")
+    ]
+    return [
+        "## What the source adapters share",
+        f"Share of the energy of all members' factors ({found['untrained']['rows']} rows a side, balanced, so that "
+        "it doesn't depend on how an update is divided between A and B) that the first so many directions of a layer "
+        "hold, the mean over the layers. Untrained adapters show what counting alone gives.",
+        "![Share of energy by number of directions](../pictures/adaptation-spectrum.svg)",
+        table(["", "side", *map(str, counts)], rows),
     ]
 
 

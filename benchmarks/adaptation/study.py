@@ -286,8 +286,8 @@ def _protocol() -> Iterator[Run]:
 
 
 def _banks() -> Iterator[Inventory]:
-    for setting in (TEXTS, VISION, LANGUAGE):
-        bank = Recycled(subject=setting.subject, family="private", tasks=setting.sources)
+    for setting, family in ((TEXTS, "private"), (TEXTS, "oneseed"), (VISION, "private"), (LANGUAGE, "private")):
+        bank = Recycled(subject=setting.subject, family=family, tasks=setting.sources)
         yield Inventory(part="banks", subject=setting.subject, sources=bank)
 
 
