@@ -7,8 +7,8 @@ from typing import Any
 from adapterbank.adapters import LoraAdapter
 from adapterbank.bank import Bank
 from benchmarks.adaptation.runs import key_of
-from benchmarks.adaptation.sources import Recycled, untrained
-from benchmarks.adaptation.spectrum import spectrum
+from benchmarks.adaptation.sources import Recycled
+from benchmarks.adaptation.spectrum import spectrum, turned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +25,14 @@ class Inventory:
         return key_of(asdict(self))
 
     def execute(self) -> dict[str, Any]:
-        """Members, bytes, the error of the members, and their spectrum beside one of untrained adapters."""
+        """Members, bytes, the error of the members, and their spectrum, and that of random directions."""
         start = time.process_time()
         held = Bank.load(self.sources.bank()).summary()
         adapters = [LoraAdapter.load(source.train()) for source in self.sources.sources]
         return {
             **{name: held[name] for name in ("adapters", "bytes", "source_bytes", "error")},
             "spectrum": spectrum(adapters),
-            "untrained": spectrum(untrained(adapters, len(adapters))),
+            "turned": spectrum(turned(adapters)),
             "cpu_seconds": time.process_time() - start,
         }
 

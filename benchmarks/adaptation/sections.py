@@ -116,17 +116,17 @@ def _ablation() -> list[str]:
 
 
 def spectra() -> dict[str, dict[str, Any]]:
-    """Spectra of the text tasks' source adapters by family, and of untrained ones."""
+    """Spectra of the text tasks' source adapters by family, and of random directions."""
     lines = [line for line in load_results("banks").values() if line["subject"] == "encoder"]
     found = {FAMILIES[line["sources"]["family"]]: line["result"]["spectrum"] for line in lines}
-    return {**found, "untrained": lines[0]["result"]["untrained"]} if lines else {}
+    return {**found, "random directions": lines[0]["result"]["turned"]} if lines else {}
 
 
 def _shared() -> list[str]:
     found = spectra()
     if not found:
         return []
-    counts = next(iter(found.values()))["directions"]
+    counts, rows_a_side = (found["random directions"][name] for name in ("directions", "rows"))
     rows = [
         [name, side, *(f"{share:.2f}" for share in spectrum[side]["mean"])]
         for name, spectrum in found.items()
@@ -134,9 +134,10 @@ def _shared() -> list[str]:
     ]
     return [
         "## What the source adapters share",
-        f"Share of the energy of all members' factors ({found['untrained']['rows']} rows a side, balanced, so that "
-        "it doesn't depend on how an update is divided between A and B) that the first so many directions of a layer "
-        "hold, the mean over the layers. Untrained adapters show what counting alone gives.",
+        f"Share of the energy of all members' factors ({rows_a_side} rows a side, balanced, so that it doesn't depend on "
+        "how an update is divided between A and B) that the first so many directions of a layer hold, the mean over "
+        "the layers. *Random directions*: updates with the same singular values as those of private seeds, turned at "
+        "random, which share nothing.",
         "![Share of energy by number of directions](../pictures/adaptation-spectrum.svg)",
         table(["", "side", *map(str, counts)], rows),
     ]

@@ -93,7 +93,7 @@ class Recycled:
         if folder.exists():
             return folder
         adapters = [LoraAdapter.load(source.train()) for source in self.sources]
-        adapters += untrained(adapters, self.noisy)
+        adapters += _untrained(adapters, self.noisy)
         fitted = Bank.fit(adapters) if self.fit == "product" else Bank.fit(adapters, method="eigenlora", k=self.k)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             fitted.save(Path(scratch) / "bank")
@@ -101,7 +101,7 @@ class Recycled:
         return folder
 
 
-def untrained(adapters: Sequence[LoraAdapter], count: int) -> list[LoraAdapter]:
+def _untrained(adapters: Sequence[LoraAdapter], count: int) -> list[LoraAdapter]:
     """Gaussian adapters of the same shapes, each module's update as large as the others' on average."""
     made = []
     for i in range(count):

@@ -5,11 +5,25 @@ from typing import Any
 
 import torch
 
-from adapterbank.adapters import LoraAdapter
+from adapterbank.adapters import LoraAdapter, LoraFactors
 from adapterbank.subspace.updates import balanced, thin_svd
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 """Directions a side."""
+
+
+def turned(adapters: Sequence[LoraAdapter]) -> list[LoraAdapter]:
+    """Updates with the same singular values in random directions: what they'd share by counting alone."""
+    made = []
+    for i, adapter in enumerate(adapters):
+        seeded, factors = torch.Generator().manual_seed(i), {}
+        for module in adapter.modules:
+            found = adapter.factors(module)
+            update = thin_svd(found.A, found.B, found.scale)
+            V, U = (torch.linalg.qr(torch.randn(f.shape, generator=seeded))[0] for f in (update.Vh.T, update.U))
+            factors[module] = LoraFactors(A=V.T.contiguous(), B=U * update.S, scale=1.0)
+        made.append(LoraAdapter.from_factors(f"turned-{i}", factors, base=adapter.base))
+    return made
 
 
 def spectrum(adapters: Sequence[LoraAdapter]) -> dict[str, Any]:
