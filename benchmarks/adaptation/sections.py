@@ -134,8 +134,8 @@ def _shared() -> list[str]:
     ]
     return [
         "## What the source adapters share",
-        f"Share of the energy of all members' factors ({rows_a_side} rows a side, balanced, so that it doesn't depend on "
-        "how an update is divided between A and B) that the first so many directions of a layer hold, the mean over "
+        f"Share of the energy of all members' factors ({rows_a_side} rows a side, balanced, so that it doesn't depend "
+        "on how an update is divided between A and B) that the first so many directions of a layer hold, the mean over "
         "the layers. *Random directions*: updates with the same singular values as those of private seeds, turned at "
         "random, which share nothing.",
         "![Share of energy by number of directions](../pictures/adaptation-spectrum.svg)",
