@@ -1,11 +1,17 @@
 import json
 
 import pytest
+import torch
 from benchmarks.adaptation import analysis, results
 from benchmarks.adaptation.analysis import Part, paired, reached
 from benchmarks.adaptation.methods import Method
 from benchmarks.adaptation.runs import Run
 from benchmarks.adaptation.sources import Recycled
+from benchmarks.adaptation.spectrum import spectrum, turned
+from benchmarks.adaptation.summary import said
+from benchmarks.adaptation.words import told
+
+from adapterbank.adapters import LoraAdapter, LoraFactors
 
 CURVE = [(0.0, 1.0), (0.5, 0.6), (1.0, 0.4)]
 
@@ -72,3 +78,35 @@ def test_a_committed_line_is_found_by_its_run():
         bank = line["sources"] and Recycled(**line["sources"])
         run = Run(method=Method(**line["method"]), sources=bank, join=tuple(line.get("join", ())), **known)
         assert run.key == line["key"]
+
+
+def test_a_median_of_what_was_never_reached_is_never():
+    assert told([0.2, 0.4, None]) == "40 % (1 never)"
+    assert told([0.2, 0.4, None, None]) == "never (2 never)"  # not the mean of 40 % and some invented share
+    assert told([0.5, 0.7]) == "70 %"
+
+
+def test_an_answer_needs_two_standard_errors_of_both_kinds():
+    clear = paired({("a", 0): 0.10, ("a", 1): 0.11, ("b", 0): 0.10, ("b", 1): 0.11})
+    by_task = paired({("a", 0): 0.0, ("a", 1): 0.0, ("b", 0): 0.1, ("b", 1): 0.1})
+    nothing = paired({("a", 0): 0.1, ("b", 0): -0.1, ("c", 0): 0.0})
+    assert said(clear, nothing) == "better accuracy"
+    assert said(nothing, clear) == "worse loss"
+    assert said(by_task, nothing) == "not told apart"
+    assert said(paired({("a", 0): 0.5}), nothing) == "not told apart"  # one cell has no standard error
+
+
+def test_a_spectrum_of_one_start_is_steep_and_random_directions_keep_the_singular_values():
+    torch.manual_seed(0)
+    shared = torch.randn(2, 32)
+    adapters = [
+        LoraAdapter.from_factors(str(i), {"q": LoraFactors(A=shared, B=torch.randn(24, 2), scale=1.0)}, base="b")
+        for i in range(6)
+    ]
+    found, null = spectrum(adapters), spectrum(turned(adapters))
+    assert found["rows"] == 12 and found["directions"][1] == 2
+    assert found["in"]["mean"][1] == pytest.approx(1.0)  # two rows are all there is
+    assert null["in"]["mean"][1] < 0.9 and found["out"]["mean"][1] < 0.9
+    for before, after in zip(adapters, turned(adapters), strict=True):
+        values = [torch.linalg.svdvals(f.scale * f.B @ f.A) for f in (before.factors("q"), after.factors("q"))]
+        assert torch.allclose(*values, atol=1e-4)
