@@ -180,12 +180,12 @@ class _PredictiveFit:
 def _rival(found: list[Allocation], cost: Callable[[Allocation], float]) -> Allocation | None:
     """The next best allocation that shares much less or much more than the best, if the model can't tell them apart."""
     best, *others = found
-    counts = {id(allocation): sum(map(sum, allocation.sizes)) for allocation in found}
-    for other in others:
-        less, more = sorted((counts[id(best)], counts[id(other)]))
-        if more - less > APART * more:
-            return other if cost(other) <= NEAR * cost(best) else None
-    return None
+
+    def is_apart(other: Allocation) -> bool:
+        less, more = sorted(sum(map(sum, allocation.sizes)) for allocation in (best, other))
+        return more - less > APART * more
+
+    return next((a for a in others if is_apart(a) and cost(a) <= NEAR * cost(best)), None)
 
 
 def _mean_square_error(index: BankIndex) -> float:
