@@ -23,6 +23,11 @@ def told(shares: Sequence[float | None]) -> str:
     return percent(None if value == float("inf") else value) + (f" ({missed} never)" if missed else "")
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 seed``, ``3 seeds``."""
+    return f"{count} {noun}" + ("s" if count != 1 else "")
+
+
 def kilobytes(count: float) -> str:
     """``12 kB``, ``3.4 kB``."""
     return f"{count / 1e3:.{1 if 0 < count < 9950 else 0}f} kB"
