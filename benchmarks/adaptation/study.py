@@ -317,7 +317,7 @@ PARTS: dict[str, Callable[[], Iterator[Job]]] = {
     "noise": _noise,
     "protocol": _protocol,
     "vision-rates": lambda: rates("vision-rates", VISION, IN_VISION, ends_only=True),
-    "vision": lambda: runs("vision", VISION, tuned(VISION, IN_VISION), CLASSES, ends_only=True),
+    "vision": lambda: runs("vision", VISION, tuned(VISION, IN_VISION), CLASSES, seeds=SEEDS[:2], ends_only=True),
     "language-rates": lambda: rates("language-rates", LANGUAGE, IN_LANGUAGE, ends_only=True),
     "language": lambda: runs("language", LANGUAGE, tuned(LANGUAGE, IN_LANGUAGE), ANSWERS, ends_only=True),
     "more-data": lambda: runs(
