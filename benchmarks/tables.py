@@ -353,7 +353,7 @@ def _serving_page(results: dict[str, Result]) -> list[str]:
 
 
 def _page(parts: list[str]) -> str:
-    note = "Generated from the JSON in `benchmarks/results` by `python -m benchmarks.tables`."
+    note = "Generated from committed JSON by `python -m benchmarks.tables`."
     return "\n\n".join(part for part in (*parts, note) if part) + "\n"
 
 
