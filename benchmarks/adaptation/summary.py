@@ -71,6 +71,8 @@ QUESTIONS = (
     Question(asked="the bank's directions there", parts=("vision",), ours="bank, k=16", theirs="random"),
     Question(asked="a language model", parts=("language",), ours=RECIPE, theirs=LORA),
     Question(asked="the same", parts=("language",), ours=RECIPE, theirs="gradient"),
+    Question(asked="the bank's directions there", parts=("language",), ours="bank, mean start", theirs="random"),
+    Question(asked="the same", parts=("language",), ours="bank, mean start", theirs=LORA),
 )
 
 
