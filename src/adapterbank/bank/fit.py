@@ -116,23 +116,26 @@ class _PredictiveFit:
                 f"{room} bytes can't hold this bank: its index alone takes about {fixed}; ask for more bytes, or fewer "
                 "adapters"
             )
-        other = _rival(self.allocations(bits=8.0 * (room - fixed)), lambda allocation: allocation.error)
-        banks = [self._within(room, fixed), None if other is None else self._within(room, fixed, other.sizes)]
+        allocated = self.allocations(bits=8.0 * (room - fixed))
+        banks = [self._within(room, fixed, allocated[0])]
+        if (other := _rival(allocated, lambda allocation: allocation.error)) is not None:
+            banks.append(self._within(room, fixed, other, sizes=other.sizes))
         found = [index for index in banks if index is not None]
         if not found:
             raise BankError(f"no bank of at most {room} bytes was found; ask for a lower ratio or a larger budget")
         return min(found, key=_mean_square_error)
 
-    def _within(self, room: int, fixed: int, sizes: Sizes | None = None) -> BankIndex | None:
+    def _within(self, room: int, fixed: int, allocation: Allocation, *, sizes: Sizes | None = None) -> BankIndex | None:
         """Code, compare with the bytes that it really took, code again; with bases of these sizes, or the best ones."""
-        given, aim, best, n = sizes, float(room - fixed), None, len(self.family.adapters)
+        aim, best, n = float(room - fixed), None, len(self.family.adapters)
         tried: list[tuple[float, float]] = []
         # tries in which a few adapters tell about all
         previews = 2 if n > 2 * SIZE_ADAPTERS else int(n > SIZE_ADAPTERS // 2)
         for attempt in range(BYTES_TRIES):
-            # once the model's bytes are put right, the basis stays: choosing again would move the target
-            allocation = self.allocations(bits=8 * aim, sizes=sizes)[0]
-            sizes = allocation.sizes if attempt else given
+            if attempt:
+                # once the model's bytes are put right, the basis stays: choosing again would move the target
+                allocation = self.allocations(bits=8 * aim, sizes=sizes)[0]
+                sizes = allocation.sizes
             if attempt < previews:
                 size = fixed + self._sampled_bytes(allocation, min(SIZE_ADAPTERS, max(n // 4, 2)))
             else:
